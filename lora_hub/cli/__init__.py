@@ -1,0 +1,1 @@
+"""The command `lorahub`: parse, call one function, print. One file a command."""

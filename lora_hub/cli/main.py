@@ -1,0 +1,135 @@
+"""The entry point: finds the command, prints errors, gives the exit code.
+
+A command's file is imported when the command is used, so that `lorahub --version` costs
+little more than Python and click. All errors are printed here and nowhere else.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from lora_hub import __version__
+from lora_hub.cli.terminal import clean
+from lora_hub.errors import LoraHubError
+
+# name → what `lorahub --help` says of it, in the order of an adapter's life
+COMMANDS = {
+    "keygen": "Make a key pair for signing.",
+    "fingerprint": "Say which base a checkpoint folder holds.",
+    "pack": "Make a package from an adapter folder and its base.",
+    "sign": "Sign a package.",
+    "verify": "Check a package's signature and every byte it covers.",
+    "validate": "Check packages, adapter folders or a registry.",
+    "inspect": "Show what an adapter changes, target by target.",
+    "push": "Publish a package in a registry.",
+    "pull": "Get a package by name, checked.",
+    "search": "Find adapters by words, base, task or rank.",
+    "show": "Show one version of an adapter and all its versions.",
+    "yank": "Withdraw a version; pinned users keep it.",
+    "trust": "List, add, remove or rotate the keys of namespaces.",
+    "cache": "List, verify or prune pulled packages.",
+    "registry": "Make or check a registry.",
+    "compose": "Combine adapters into one.",
+    "merge": "Merge adapters into a checkpoint.",
+    "run": "Generate text with a base and adapters.",
+}
+
+BUG = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Commands(click.Group):
+    """A group that imports a command when it is used, not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"lora_hub.cli.commands.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 92},
+)
+@click.version_option(__version__, message="lorahub %(version)s")
+def lorahub() -> None:
+    """Package, sign, publish, apply, compose and merge LoRA adapters.
+
+    Exit codes: 0 done, 1 findings, 2 bad input, 3 adapter and base do not fit,
+    4 integrity or trust, 5 not found, 6 store unavailable, 7 could not be checked.
+    """
+
+
+def main() -> None:
+    """Run the command line of this process and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str], **context: Any) -> int:
+    """Run one command line; return its exit code. Nothing is raised."""
+    try:
+        result = lorahub.main(args, "lorahub", standalone_mode=False, **context)
+        sys.stdout.flush()
+        # A command returns its exit code, or None for 0.
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted; nothing was half written")
+        return INTERRUPTED
+    except LoraHubError as error:
+        _say(str(error), hint=error.hint)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{(error.strerror or str(error)).lower()}")
+        return 6
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug of ours
+        if os.environ.get("LORAHUB_TRACEBACK"):
+            traceback.print_exc()
+        _say(
+            f"a bug in lora_hub: {type(error).__name__}: {error}",
+            hint="please report it; LORAHUB_TRACEBACK=1 shows where it happened",
+        )
+        return BUG
+
+
+def _say(problem: str, hint: str | None = None) -> None:
+    print(clean(problem), file=sys.stderr)
+    if hint:
+        print(f"  hint: {clean(hint)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

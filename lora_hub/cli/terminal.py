@@ -1,0 +1,82 @@
+"""What may reach a terminal: text of strangers without control characters, one JSON value.
+
+stdout carries data, stderr talk. Names, summaries and reasons come from manifests that
+anyone may have written; an escape sequence in them could repaint the screen.
+"""
+
+import contextlib
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Control, format (bidirectional overrides among them), surrogate and private characters.
+_REFUSED = frozenset({"Cc", "Cf", "Cs", "Co"})
+
+
+def clean(text: str) -> str:
+    """Return the text with everything that could steer a terminal made visible."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in _REFUSED
+        else f"\\u{ord(character):04x}"
+        for character in text
+    )
+
+
+def out(text: str) -> None:
+    """Print data."""
+    print(clean(text))
+
+
+def talk(text: str) -> None:
+    """Print what is said beside the data."""
+    print(clean(text), file=sys.stderr)
+
+
+def out_json(value: Any) -> None:
+    """Print one JSON document; documents and dataclasses are taken as they are."""
+    import msgspec
+
+    print(json.dumps(msgspec.to_builtins(value), ensure_ascii=True, indent=2))
+
+
+def size(size_bytes: int) -> str:
+    """Return a size a person can read, in decimal units."""
+    amount = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return ""
+
+
+def table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows in columns as wide as their widest cell."""
+    if not rows:
+        return
+    rows = [tuple(clean(cell) for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
+        )
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function `(done, total)` that draws a bar where there is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

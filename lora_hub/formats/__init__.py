@@ -1,0 +1,1 @@
+"""One dialect a file: what people's adapter files mean, as an `AdapterSource`."""

@@ -1,0 +1,1 @@
+"""The documents an adapter travels with: bytes ↔ values, and their JSON Schema."""

@@ -1,0 +1,101 @@
+"""Manifest bytes ↔ `Manifest`.
+
+Reading is strict about form and generous about the future: an unknown major version is
+refused by name; fields this version does not know are kept in the bytes (which are never
+written anew) and reported by `unknown_fields`.
+"""
+
+from typing import Any, get_args
+
+import msgspec
+
+from lora_hub import canonical, strict_json
+from lora_hub.errors import DocumentError
+from lora_hub.manifest.document import (
+    MANIFEST_VERSION,
+    MAX_MANIFEST_BYTES,
+    Document,
+    Manifest,
+)
+
+KNOWN_MAJOR, KNOWN_MINOR = (int(part) for part in MANIFEST_VERSION.split("."))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the canonical bytes of the manifest; their digest is the package digest."""
+    return canonical.encode(msgspec.to_builtins(manifest))
+
+
+def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
+    """Return the manifest in the bytes.
+
+    Raises:
+        DocumentError: not canonical JSON, of an unknown major version, or not of the
+            manifest's shape; `where` ends in the JSON pointer.
+    """
+    value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
+    _check_version(value, where)
+    if canonical.encode(value) != data:
+        raise DocumentError(
+            "the manifest is not in canonical form (RFC 8785)",
+            where=where,
+            hint="it was edited by hand after packing; change the source and pack again",
+        )
+    try:
+        return msgspec.convert(value, Manifest)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `")
+        raise DocumentError(
+            problem[:1].lower() + problem[1:], where=f"{where}{pointer(path.rstrip('`'))}"
+        ) from error
+
+
+def unknown_fields(value: Any, of: Any = Manifest, at: str = "") -> tuple[str, ...]:
+    """Return the JSON pointers of fields that this version of the manifest does not have.
+
+    `x-…` at the top and everything under `ext` belong to tools and are left out.
+    """
+    found: list[str] = []
+    if isinstance(of, type) and issubclass(of, Document):
+        known = {field.encode_name: field.type for field in msgspec.structs.fields(of)}
+        for key, item in value.items() if isinstance(value, dict) else ():
+            if key in known:
+                found += unknown_fields(item, known[key], f"{at}/{key}")
+            elif at or not key.startswith("x-"):
+                found.append(f"{at}/{key}")
+    else:
+        for inner in get_args(of):
+            if isinstance(value, (list, tuple)):
+                for index, item in enumerate(value):
+                    found += unknown_fields(item, inner, f"{at}/{index}")
+            else:
+                found += unknown_fields(value, inner, at)
+    return tuple(found)
+
+
+def is_newer(manifest: Manifest) -> bool:
+    """Return whether the manifest was written by a newer minor version than this one."""
+    return int(manifest.manifest_version.partition(".")[2]) > KNOWN_MINOR
+
+
+def pointer(path: str) -> str:
+    """Return the JSON pointer of a msgspec path: `$.files[2].size` → `#/files/2/size`."""
+    text = path.removeprefix("$").replace("[", "/").replace("]", "").replace(".", "/")
+    return f"#{text}" if text else ""
+
+
+def _check_version(value: dict[str, Any], where: str) -> None:
+    version = value.get("manifest_version")
+    if not isinstance(version, str):
+        raise DocumentError(
+            "the field manifest_version is missing: this is no lora_hub manifest",
+            where=where,
+        )
+    major = version.partition(".")[0]
+    if major != str(KNOWN_MAJOR):
+        raise DocumentError(
+            f"manifest version {version!r} is not understood, this program reads "
+            f"{KNOWN_MAJOR}.x",
+            where=f"{where}#/manifest_version",
+            hint="pip install --upgrade lora-hub",
+        )

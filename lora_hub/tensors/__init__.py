@@ -1,0 +1,1 @@
+"""Safetensors by ourselves: a strict header, exact reading, streaming writing."""
