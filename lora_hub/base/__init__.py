@@ -1,0 +1,1 @@
+"""Which model a base is, told by its content, and whether an adapter belongs to it."""
