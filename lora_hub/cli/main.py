@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
 
 import click
 
@@ -89,10 +89,15 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(args: list[str], **context: Any) -> int:
+def run(args: list[str]) -> int:
     """Run one command line; return its exit code. Nothing is raised."""
+    return guard(lambda: lorahub.main(args, "lorahub", standalone_mode=False))
+
+
+def guard(command: Callable[[], object]) -> int:
+    """Call the command; print what it raises, one line and a hint; return the exit code."""
     try:
-        result = lorahub.main(args, "lorahub", standalone_mode=False, **context)
+        result = command()
         sys.stdout.flush()
         # A command returns its exit code, or None for 0.
         return result if isinstance(result, int) else 0

@@ -61,6 +61,7 @@ def command(
     Every tensor is accounted for, the base is identified by its contents, and the same
     input gives the same bytes. SOURCE_DATE_EPOCH fixes the time of creation.
     """
+    from lora_hub.package.pack import write_package
     from lora_hub.public import packaging
 
     plan = packaging.plan(
@@ -77,21 +78,9 @@ def command(
         base_license=base_license,
     )
     if not dry_run:
-        packaging.write(plan, out)
+        write_package(plan, out)
     if as_json:
-        terminal.out_json(plan.manifest)
-        return
-    manifest = plan.manifest
-    terminal.out(f"{manifest.name} {manifest.version}  {plan.digest}")
-    summary_ = manifest.adapter.summary
-    terminal.out(
-        f"{len(manifest.adapter.modules)} targets, rank {summary_.max_rank}, "
-        f"{summary_.parameters:,} parameters, for base {manifest.base.root}"
-    )
-    terminal.table(
-        [
-            (f"  {file.path}", terminal.size(file.size), file.sha256)
-            for file in manifest.files
-        ]
-    )
+        terminal.out_json({"package": plan.digest, "manifest": plan.manifest})
+    else:
+        terminal.out(str(plan))
     terminal.talk("nothing was written (--dry-run)" if dry_run else f"wrote {out}")

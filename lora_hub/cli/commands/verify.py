@@ -28,7 +28,7 @@ def command(pkg: Path, key: Path | None, as_json: bool) -> None:
     if as_json:
         terminal.out_json(
             {
-                "package": signed.digest,
+                "package": signed.package,
                 "fingerprint": signed.fingerprint,
                 "files": signed.files,
             }
@@ -37,4 +37,4 @@ def command(pkg: Path, key: Path | None, as_json: bool) -> None:
         terminal.out(
             f"{pkg}: {len(signed.files)} files as signed with {signed.fingerprint}"
         )
-        terminal.out(f"package {signed.digest}")
+        terminal.out(f"package {signed.package}")

@@ -1,0 +1,88 @@
+"""`lorahub trust`: the keys believed for namespaces."""
+
+from pathlib import Path
+
+import click
+
+from lora_hub.cli import options, terminal
+
+
+@click.group()
+def command() -> None:
+    """List, add, remove or rotate the keys believed for namespaces.
+
+    The first contact with a namespace pins its keys; from then on a changed key stops
+    everything, unless a pinned key signed the change.
+    """
+
+
+@command.command("list")
+@options.as_json
+def list_pins(as_json: bool) -> None:
+    """Print every pinned namespace and its keys."""
+    from lora_hub.public import packaging
+
+    pins = packaging.pins()
+    if as_json:
+        terminal.out_json(pins)
+        return
+    terminal.table(
+        [
+            (pin.namespace, fingerprint, pin.registry or "added by hand", pin.pinned)
+            for pin in pins
+            for fingerprint in pin.fingerprints
+        ]
+    )
+    if not pins:
+        terminal.talk("no namespace is pinned yet")
+
+
+@command.command()
+@click.argument("namespace")
+@click.argument("keys", nargs=-1, required=True, type=options.PATH, metavar="KEY.pub…")
+def add(namespace: str, keys: tuple[Path, ...]) -> None:
+    """Believe these public keys for NAMESPACE, before its first package is met."""
+    from lora_hub.public import packaging
+
+    pin = packaging.trust(namespace, keys)
+    terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")
+
+
+@command.command()
+@click.argument("namespace")
+def remove(namespace: str) -> None:
+    """Forget NAMESPACE: the next registry that is met pins it anew."""
+    from lora_hub.public import packaging
+
+    packaging.forget(namespace)
+    terminal.out(f"{namespace} is not pinned any more")
+
+
+@command.command()
+@click.argument("namespace")
+@click.argument("keys", nargs=-1, required=True, type=options.PATH, metavar="KEY.pub…")
+@click.option(
+    "--key",
+    type=options.PATH,
+    metavar="FILE",
+    help="Publish the change, signed with this private key of the namespace.",
+)
+@options.registry
+def rotate(
+    namespace: str, keys: tuple[Path, ...], key: Path | None, registry: str | None
+) -> None:
+    """Let these public keys take the place of those believed for NAMESPACE.
+
+    With --key the change is published: clients that pinned the old key follow by
+    themselves. Without, only this machine's pin moves.
+    """
+    from lora_hub.public import packaging
+
+    if key is not None:
+        packaging.rotate(namespace, keys, key, registry=registry)
+        terminal.out(f"{namespace}: the registry names the new keys")
+    elif registry is not None:
+        raise click.UsageError("--registry publishes the change and needs --key FILE")
+    if key is None or packaging.is_pinned(namespace):
+        pin = packaging.trust(namespace, keys, replace=True)
+        terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")

@@ -1,0 +1,96 @@
+"""From what a user types to an adapter's bytes: one road, for the shell and for Python.
+
+A name goes through the registry: resolved, fetched into the cache, its signature verified
+with the keys trusted for its namespace, and read into memory once; the bytes that were
+checked are the bytes that are used. A path is the user's own: a package there must be what
+its manifest says, no signature is asked, and the notes say so.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_hub import refs, settings
+from lora_hub.formats.source import AdapterSource
+from lora_hub.manifest.document import MANIFEST_NAME, Base, Manifest
+
+if TYPE_CHECKING:
+    from lora_hub.registry.pull import Pulled
+    from lora_hub.registry.registry import Registry
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a reference or a path turned out to be."""
+
+    source: AdapterSource
+    manifest: Manifest | None = None
+    digest: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str | None:
+        return self.manifest.name if self.manifest else None
+
+    @property
+    def version(self) -> str | None:
+        return self.manifest.version if self.manifest else None
+
+    @property
+    def base(self) -> Base | None:
+        return self.manifest.base if self.manifest else None
+
+
+def find(what: PathLike, registry: PathLike | None = None) -> Found:
+    """Return the adapter that a reference or a path means.
+
+    Raises:
+        LoraHubError: it is not there, not readable, or not to be trusted.
+    """
+    text = os.fspath(what)
+    if not isinstance(what, str) or refs.is_path(text):
+        return _in_folder(Path(text).expanduser())
+    from lora_hub.package.package import load_source
+
+    fetched = fetch(text, registry)
+    package = fetched.package
+    return Found(load_source(package), package.manifest, package.digest, fetched.notes)
+
+
+def fetch(reference: str, registry: PathLike | None = None) -> "Pulled":
+    """Return the published package a reference names, in the cache and verified."""
+    from lora_hub.registry import pull
+    from lora_hub.registry.cache import Cache
+    from lora_hub.registry.trust import TrustStore
+
+    parsed = refs.parse(reference)
+    opened = open_registry(parsed.registry or registry)
+    return pull.pull(parsed, opened, Cache(), TrustStore())
+
+
+def open_registry(registry: PathLike | None = None) -> "Registry":
+    """Return the registry of a folder or a configured name; the default one without."""
+    from lora_hub.registry import registry as registries
+
+    location = settings.registry_location(None if registry is None else os.fspath(registry))
+    return registries.open_registry(location)
+
+
+def _in_folder(folder: Path) -> Found:
+    if not (folder / MANIFEST_NAME).exists():
+        from lora_hub.formats.detect import open_adapter
+
+        return Found(open_adapter(folder))
+    from lora_hub.package.package import check_complete, load_source, open_package
+
+    package = open_package(folder)
+    check_complete(package)
+    return Found(
+        load_source(package),
+        package.manifest,
+        package.digest,
+        ("named by its path, so its signature was not asked for",),
+    )

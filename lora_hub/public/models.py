@@ -1,0 +1,168 @@
+"""The tensor half as users call it: adapters on models, composed, merged."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_hub import settings
+from lora_hub.adapter.adapter import Adapter
+from lora_hub.adapter.load import load
+from lora_hub.adapter.save import save as save_adapter
+from lora_hub.base.fit import check_fit
+from lora_hub.base.folder import FolderBase
+from lora_hub.compose.compose import compose as compose_adapters
+from lora_hub.merge import execute as merging
+from lora_hub.merge.plan import MergePlan, Part
+from lora_hub.merge.plan import plan as plan_merge
+from lora_hub.public.find import Found, find
+from lora_hub.runtime.host import Host
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_hub.manifest.document import Policy
+
+PathLike = str | os.PathLike[str]
+# References or folders, each with its weight.
+Named = Mapping[str, float] | Sequence[tuple[PathLike, float]]
+# The same, or adapters in memory.
+Parts = Mapping[str, float] | Sequence[tuple[PathLike | Adapter, float]]
+Note = Callable[[str], None]
+
+
+def _silent(_text: str) -> None:
+    """Drop what would be said on a terminal."""
+
+
+def attach(model: "nn.Module", registry: PathLike | None = None) -> Host:
+    """Return a host for adapters on a model; nothing changes until an adapter is used.
+
+    Args:
+        model: any `torch.nn.Module`, on any device.
+        registry: a folder or a configured name, where references are looked up.
+    """
+    return Host(model, lambda what: find(what, registry))
+
+
+def load_adapter(what: PathLike, registry: PathLike | None = None) -> Adapter:
+    """Return the adapter that a reference or a folder means, in memory."""
+    return _load(find(what, registry), _silent)
+
+
+def save(adapter: Adapter, out: PathLike) -> None:
+    """Write an adapter as a folder that PEFT loads; see `adapter/save.py`."""
+    save_adapter(adapter, Path(out))
+
+
+def compose(
+    parts: Parts,
+    method: str = "linear",
+    *,
+    registry: PathLike | None = None,
+    note: Note = _silent,
+) -> Adapter:
+    """Return one adapter whose delta is the weighted sum of the parts' deltas.
+
+    Args:
+        parts: {reference: weight}, or pairs of a reference, a folder or an `Adapter`, and
+            its weight.
+        method: a name of `compose/methods.py`.
+        registry: where references are looked up.
+        note: is told what a person should hear, such as that a key was pinned.
+
+    Raises:
+        ComposeError: the parts cannot be combined.
+    """
+    pairs = parts.items() if isinstance(parts, Mapping) else parts
+    loaded = [
+        (what if isinstance(what, Adapter) else _load(find(what, registry), note), weight)
+        for what, weight in pairs
+    ]
+    return compose_adapters(loaded, method)
+
+
+def merge(
+    base: PathLike,
+    adapters: Named,
+    out: PathLike,
+    *,
+    dtype: str | None = None,
+    policy: "Policy | None" = None,
+    registry: PathLike | None = None,
+    note: Note = _silent,
+    progress: merging.Progress | None = None,
+) -> merging.MergeReport:
+    """Merge adapters into the weights of a base, as a checkpoint folder.
+
+    Args:
+        base: the folder of the base, checked to be the one each adapter was made for.
+        adapters: {reference or folder: weight}.
+        out: a folder that does not exist yet; it appears when it is whole.
+        dtype: bfloat16, float16 or float32 for all floating-point tensors; as the base
+            has them without.
+        policy: how strictly the base is compared; as each manifest says without.
+        registry: where references are looked up.
+        note: is told what a person should hear.
+        progress: is told bytes written and bytes in all.
+
+    Raises:
+        FitError: an adapter was not made for this base.
+        StoreError: `out` is taken or cannot be written.
+    """
+    with _planned(base, adapters, dtype, policy, registry, note) as (view, parts, plan):
+        return merging.execute(plan, view.checkpoint, parts, Path(out), progress=progress)
+
+
+def merge_plan(
+    base: PathLike,
+    adapters: Named,
+    *,
+    dtype: str | None = None,
+    policy: "Policy | None" = None,
+    registry: PathLike | None = None,
+    note: Note = _silent,
+) -> MergePlan:
+    """Return what `merge` would do, without writing anything; `str` of it is for people."""
+    with _planned(base, adapters, dtype, policy, registry, note) as (_, _, plan):
+        return plan
+
+
+@contextmanager
+def _planned(
+    base: PathLike,
+    adapters: Named,
+    dtype: str | None,
+    policy: "Policy | None",
+    registry: PathLike | None,
+    note: Note,
+) -> Iterator[tuple[FolderBase, list[Part], MergePlan]]:
+    pairs = adapters.items() if isinstance(adapters, Mapping) else adapters
+    parts: list[Part] = []
+    root = None
+    with FolderBase.open(Path(base), settings.cache_folder() / "bases") as view:
+        for what, weight in pairs:
+            found = find(what, registry)
+            if found.base is not None:
+                fit = check_fit(found.base, view, policy=policy)
+                # Only a comparison of all tensors proves the root.
+                root = found.base.root if fit.policy == "exact" else root
+            for text in found.notes:
+                note(text)
+            parts.append(
+                Part(found.source, weight, found.name, found.version, found.digest)
+            )
+        yield view, parts, plan_merge(view.checkpoint, parts, dtype=dtype, base_root=root)
+
+
+def _load(found: Found, note: Note) -> Adapter:
+    for text in found.notes:
+        note(text)
+    return load(
+        found.source,
+        name=found.name,
+        version=found.version,
+        digest=found.digest,
+        base=found.base,
+    )

@@ -1,0 +1,92 @@
+"""The command line's frame: help, errors, exit codes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_hub.cli import terminal
+from lora_hub.cli.main import COMMANDS, guard, run
+from lora_hub.errors import FitError, InconclusiveError, IntegrityError, NotFoundError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    assert run([command, "--help"]) == 0
+
+    text = capsys.readouterr().out
+    assert text.startswith(f"Usage: lorahub {command}")
+    assert len(text.splitlines()) > 4
+
+
+def test_every_command_file_is_in_the_table():
+    files = {path.stem for path in (ROOT / "lora_hub/cli/commands").glob("[a-z]*.py")}
+
+    assert files == set(COMMANDS)
+
+
+def test_a_misspelt_command_is_met_with_the_near_one(capsys):
+    assert run(["pul"]) == 2
+
+    assert "Did you mean 'pull'" in capsys.readouterr().err
+
+
+def raising(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_a_bug_of_ours_is_70_and_shows_no_traceback(capsys):
+    assert guard(raising(ZeroDivisionError("of ours"))) == 70
+
+    error = capsys.readouterr().err
+    assert "a bug in lora_hub: ZeroDivisionError: of ours" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "f"), 6),
+        (IntegrityError("the bytes differ", where="f"), 4),
+        (FitError("another base", where="base"), 3),
+        (InconclusiveError("not checked"), 7),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(error, code, capsys):
+    assert guard(raising(error)) == code
+
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_hint_stands_below_its_error(capsys):
+    guard(
+        raising(NotFoundError("there is no such version", where="a/b", hint="look again"))
+    )
+
+    assert capsys.readouterr().err == "a/b: there is no such version\n  hint: look again\n"
+
+
+def test_text_of_strangers_cannot_steer_the_terminal():
+    text = "plain é — text\x1b[2Jcleared\u202egnp.exe\x07"
+
+    assert terminal.clean(text) == "plain é — text\\u001b[2Jcleared\\u202egnp.exe\\u0007"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (4_938_648, "4.9 MB"), (2.2e12, "2200.0 GB")],
+)
+def test_sizes_are_readable(size, text):
+    assert terminal.size(int(size)) == text
+
+
+def test_readme_names_the_two_commands():
+    assert re.search(
+        r"^make demo$.*^make test$", (ROOT / "README.md").read_text(), re.S | re.M
+    )
