@@ -117,7 +117,7 @@ def wrong_bases(model):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.mul_(1.01)
+            parameter.mul_(2)
     yield "other weights of the same shapes", other
 
     config = copy.deepcopy(model.config)
@@ -132,7 +132,7 @@ def wrong_bases(model):
     yield (
         "another architecture",
         transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=1000)
+            transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=50257)
         ),
     )
 

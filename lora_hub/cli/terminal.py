@@ -37,6 +37,11 @@ def talk(text: str) -> None:
     print(clean(text), file=sys.stderr)
 
 
+def note(text: str) -> None:
+    """Print what a person should hear although nothing went wrong."""
+    talk(f"note: {text}")
+
+
 def out_json(value: Any) -> None:
     """Print one JSON document; documents and dataclasses are taken as they are."""
     import msgspec

@@ -30,7 +30,7 @@ def command(
     from lora_hub.public import models
 
     parts = [grammar.parse_weighted(text) for text in refs]
-    adapter = models.compose(parts, method=method, registry=registry, note=terminal.talk)
+    adapter = models.compose(parts, method=method, registry=registry, note=terminal.note)
     models.save(adapter, out)
     ranks = sorted({update.rank for update in adapter.updates.values()})
     if as_json:

@@ -17,7 +17,7 @@ def command(pkg: str, registry: str | None, as_json: bool) -> None:
 
     found = find(pkg, registry)
     for note in found.notes:
-        terminal.talk(note)
+        terminal.note(note)
     summary = summarize(found.source, found.manifest)
     if as_json:
         terminal.out_json(summary)

@@ -44,7 +44,7 @@ def command(
     parts = [grammar.parse_weighted(text) for text in refs]
     if plan_only:
         plan = models.merge_plan(
-            base, parts, dtype=dtype, registry=registry, note=terminal.talk
+            base, parts, dtype=dtype, registry=registry, note=terminal.note
         )
         terminal.out_json(plan) if as_json else terminal.out(str(plan))
         return
@@ -55,7 +55,7 @@ def command(
             out,
             dtype=dtype,
             registry=registry,
-            note=terminal.talk,
+            note=terminal.note,
             progress=step,
         )
     terminal.out_json(report) if as_json else terminal.out(str(report))

@@ -22,7 +22,7 @@ def command(ref: str, registry: str | None, out: Path | None, as_json: bool) -> 
 
     pulled = packaging.pull(ref, registry, out)
     for note in pulled.notes:
-        terminal.talk(note)
+        terminal.note(note)
     if as_json:
         terminal.out_json(pulled)
         return

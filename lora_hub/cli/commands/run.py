@@ -54,7 +54,7 @@ def command(
         repetition_penalty=repetition_penalty,
         dtype=dtype,
         device=device,
-        note=terminal.talk,
+        note=terminal.note,
     )
     if as_json:
         terminal.out_json(result)

@@ -20,7 +20,7 @@ def command(ref: str, registry: str | None, as_json: bool) -> None:
     opened = open_registry(parsed.registry or registry)
     resolved = resolve(parsed, opened)
     for note in resolved.notes:
-        terminal.talk(note)
+        terminal.note(note)
     manifest = open_published(resolved, opened).manifest
     versions = opened.versions(parsed.full_name)
     if as_json:

@@ -1,0 +1,33 @@
+"""The demo does what it claims, and the README shows what it prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.base
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_demo_runs_and_prints_what_the_readme_shows():
+    result = subprocess.run(
+        [sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"## What the demo prints\n\n```\n(.*?)\n```", readme, re.DOTALL)
+    printed = result.stdout.splitlines()
+    # An ellipsis in the README stands for what was left out.
+    missing = [
+        line
+        for line in map(str.rstrip, shown.splitlines())
+        if line
+        and line != "…"
+        and not any(each.startswith(line.removesuffix("…")) for each in printed)
+    ]
+    assert missing == []
