@@ -18,7 +18,7 @@ BASE_NAME = "tiny-lab/tiny-llama"
 def tiny_model(
     *, seed: int = 0, layers: int = LAYERS, hidden: int = HIDDEN, dtype: str = "float32"
 ) -> Any:
-    """Return a random LlamaForCausalLM with grouped queries (4 heads, 2 of them for k, v)."""
+    """Return a random LlamaForCausalLM with grouped queries (4 heads, 2 for k, v)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -175,3 +175,41 @@ def tensor_bytes(tensors: Tensors, data: Mapping[str, bytes] | None = None) -> b
 
     specs = [(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     return b"".join(map(bytes, chunks_of(specs, content)))
+
+
+def tiny_package(folder: Path, *, source: Path | None = None, **fields: Any) -> Path:
+    """Pack a tiny adapter against the tiny base; `source` or one of rank 2, unsigned.
+
+    The base and the adapter stay beside the package, as `<name>-base`, `<name>-adapter`.
+    """
+    from lora_hub.package.pack import plan_package, write_package
+
+    base = folder.with_name(f"{folder.name}-base")
+    if not base.exists():
+        tiny_base(base)
+    plain = {
+        "name": "tiny-lab/verse",
+        "version": "1.0.0",
+        "task": "text-generation/verse",
+        "license": "Apache-2.0",
+        "created": "2026-01-01T00:00:00Z",
+    }
+    adapter = source or tiny_adapter(folder.with_name(f"{folder.name}-adapter"))
+    write_package(plan_package(adapter, base=base, **plain | fields), folder)
+    return folder
+
+
+def sign_package(folder: Path, private_pem: bytes) -> Path:
+    """Write `model.sig` over the files in a package folder as they are now."""
+    from lora_hub import digest
+    from lora_hub.signing import keys
+    from lora_hub.signing.sign import sign
+
+    files = {
+        path.name: digest.of_file(path)[0]
+        for path in folder.iterdir()
+        if path.name != "model.sig"
+    }
+    key = keys.private_key(private_pem, where="key")
+    (folder / "model.sig").write_bytes(sign(files, subject=folder.name, key=key))
+    return folder

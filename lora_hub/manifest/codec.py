@@ -34,7 +34,7 @@ def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
             manifest's shape; `where` ends in the JSON pointer.
     """
     value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
-    _check_version(value, where)
+    check_version(value, where)
     if canonical.encode(value) != data:
         raise DocumentError(
             "the manifest is not in canonical form (RFC 8785)",
@@ -84,7 +84,8 @@ def pointer(path: str) -> str:
     return f"#{text}" if text else ""
 
 
-def _check_version(value: dict[str, Any], where: str) -> None:
+def check_version(value: dict[str, Any], where: str) -> None:
+    """Raise `DocumentError` unless the document says that it is a manifest we can read."""
     version = value.get("manifest_version")
     if not isinstance(version, str):
         raise DocumentError(

@@ -1,0 +1,1 @@
+"""Look at an adapter: its summary and the norms of its deltas, without torch."""

@@ -1,0 +1,106 @@
+"""The bytes of a package's files, from the author's directory and what was read there.
+
+Tensors are copied byte for byte in the order of their names; the config is written anew
+with what PEFT needs and nothing else; of the author's other files only those with a role
+come along. The manifest over them is the matter of `pack.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lora_hub import canonical
+from lora_hub.errors import FormatError, InputError
+from lora_hub.formats import peft
+from lora_hub.formats.detect import PICKLES
+from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.source import AdapterSource
+from lora_hub.manifest.document import BaseHint
+from lora_hub.package import layout
+from lora_hub.package.layout import CARD_NAME
+from lora_hub.tensors.write import chunks_of
+
+# A file's content in pieces.
+Chunks = tuple[bytes | memoryview, ...]
+
+
+def weights_and_config(
+    source: AdapterSource, hints: Sequence[BaseHint], base_tensors: frozenset[str]
+) -> dict[str, Chunks]:
+    tensors = {}
+    for update in source.updates:
+        name_a, name_b = peft.tensor_names(update.target)
+        tensors[name_a], tensors[name_b] = update.a, update.b
+    specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
+    weights = chunks_of(specs, lambda name: (source.tensors.read(tensors[name].name),))
+    repo = hub_repo(hints)
+    config = peft.config_for(
+        source,
+        base_name=repo,
+        revision=next((hint.revision for hint in hints if hint.repo == repo), None),
+        base_tensors=base_tensors,
+    )
+    return {
+        CONFIG_NAME: (canonical.encode(config),),
+        peft.WEIGHTS_NAME: tuple(weights),
+    }
+
+
+def copied(src: Path, base: Path, names: Iterable[str]) -> dict[str, Chunks]:
+    """Return licences, and what belongs to the tokenizer and is not the base's own."""
+    files: dict[str, Chunks] = {}
+    for name in names:
+        role = layout.role_of(name)
+        if role in ("license", "tokenizer"):
+            data = _read(src / name)
+            if role == "license" or not _is_same(data, base / name):
+                files[name] = (data,)
+    return files
+
+
+def _is_same(data: bytes, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and _read(path) == data
+
+
+def readme(src: Path, names: Iterable[str]) -> str | None:
+    if CARD_NAME not in names:
+        return None
+    try:
+        return _read(src / CARD_NAME).decode()
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8", where=str(src / CARD_NAME)) from error
+
+
+def _read(path: Path) -> bytes:
+    limit = layout.max_bytes(path.name)
+    try:
+        if not path.is_file():
+            raise InputError("is no regular file", where=str(path))
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if len(data) > limit:
+        raise InputError(f"has more than {limit} bytes", where=str(path))
+    if data.startswith(b"version https://git-lfs"):
+        raise InputError(
+            "this is a Git LFS pointer, not the file itself",
+            where=str(path),
+            hint="fetch the content with `git lfs pull`",
+        )
+    return data
+
+
+def refuse_pickles(names: Iterable[str], src: Path) -> None:
+    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    if pickles:
+        raise FormatError(
+            f"the directory holds {', '.join(map(repr, pickles))}: pickles can run code "
+            "and never travel in a package",
+            where=str(src),
+            hint="remove them; only adapter_model.safetensors is needed",
+        )
+
+
+def hub_repo(hints: Iterable[BaseHint]) -> str | None:
+    """Return what the Hugging Face Hub calls the base, None where no hint says."""
+    return next((hint.repo for hint in hints if hint.hub == "hf"), None)

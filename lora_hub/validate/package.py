@@ -1,0 +1,127 @@
+"""Findings about one package: manifest, files, adapter, signature."""
+
+from collections.abc import Callable, Collection, Sequence
+
+from lora_hub.errors import IntegrityError, LoraHubError, TensorFileError, TrustError
+from lora_hub.formats.detect import source_from_files
+from lora_hub.formats.source import AdapterSource
+from lora_hub.manifest.document import MANIFEST_NAME
+from lora_hub.package.package import Package, check_modules, read_package
+from lora_hub.registry.verify import check_signature
+from lora_hub.signing import envelope, policy, statement
+from lora_hub.signing.statement import SIGNATURE_NAME
+from lora_hub.validate.findings import Finding, finding, from_error
+from lora_hub.validate.manifest import check_bytes
+from lora_hub.validate.weights import check_numbers
+
+
+def check_package(
+    read: Callable[[str], bytes],
+    names: Collection[str],
+    keys: Sequence[bytes],
+    *,
+    where: str,
+) -> list[Finding]:
+    """Return the findings about a package whose files `read` gives by name.
+
+    Args:
+        read: file name → its bytes, unchecked.
+        names: of all files there are.
+        keys: public keys that may sign it, none where they are not known.
+        where: what to call it.
+    """
+    at = f"{where}/{MANIFEST_NAME}"
+    try:
+        data = read(MANIFEST_NAME)
+    except LoraHubError as error:
+        return [from_error("LH001", error, at)]
+    manifest, found = check_bytes(data, at)
+    if manifest is None:
+        return found  # what it says about the other files cannot be relied on
+    package = read_package(read, names, where=where)
+    intact, about_files = _check_files(package)
+    found += about_files
+    if intact:
+        found += _check_adapter(package)
+    return found + _check_signature(package, keys)
+
+
+def _check_files(package: Package) -> tuple[bool, list[Finding]]:
+    """Return whether all listed files are as listed, and the findings."""
+    found = []
+    for file in package.manifest.files:
+        at = f"{package.where}/{file.path}"
+        try:
+            package.read_checked(file.path)
+        except IntegrityError as error:
+            rule = "LH010" if file.path in package.names else "LH011"
+            found.append(from_error(rule, error, at))
+        except LoraHubError as error:
+            found.append(from_error("LH010", error, at))
+    intact = not found
+    listed = {file.path for file in package.manifest.files}
+    found += [
+        finding("LH012", f"{package.where}/{name}", "the manifest does not list it")
+        for name in sorted({*package.names} - listed - {MANIFEST_NAME, SIGNATURE_NAME})
+    ]
+    return intact, found
+
+
+def _check_adapter(package: Package) -> list[Finding]:
+    listed = [file.path for file in package.manifest.files]
+    source, found = try_source(
+        lambda: source_from_files(package.read_checked, listed, where=package.where),
+        package.where,
+    )
+    if source is None:
+        return found
+    try:
+        check_modules(package, source)
+    except IntegrityError as error:
+        found.append(from_error("LH022", error, package.where))
+    return found + check_numbers(source)
+
+
+def _check_signature(package: Package, keys: Sequence[bytes]) -> list[Finding]:
+    at = f"{package.where}/{SIGNATURE_NAME}"
+    if SIGNATURE_NAME not in package.names:
+        return [finding("LH040", package.where, f"there is no {SIGNATURE_NAME}")]
+    try:
+        signed = statement.parse(
+            envelope.parse(package.read(SIGNATURE_NAME), where=at).payload, where=at
+        )
+        policy.check(signed, {*package.names} - {SIGNATURE_NAME}, where=at)
+    except LoraHubError as error:
+        return [from_error("LH041", error, at)]
+    if not keys:
+        return [*_compare(package, signed), finding("LH043", at, "no key is known for it")]
+    try:
+        check_signature(package, keys)
+    except (TrustError, IntegrityError) as error:
+        return [from_error("LH042", error, at)]
+    return []
+
+
+def _compare(package: Package, signed: statement.Statement) -> list[Finding]:
+    """Return what was signed in other words than the manifest says; no key is needed."""
+    stated = {file.path: file.sha256 for file in package.manifest.files}
+    stated[MANIFEST_NAME] = package.digest
+    return [
+        finding(
+            "LH042", f"{package.where}/{name}", "the file is not the one that was signed"
+        )
+        for name in sorted(stated.keys() | signed.files.keys())
+        if stated.get(name) != signed.files.get(name)
+    ]
+
+
+def try_source(
+    make: Callable[[], AdapterSource], where: str
+) -> tuple[AdapterSource | None, list[Finding]]:
+    """Return what `make` gives, else why it cannot be read."""
+    try:
+        return make(), []
+    except TensorFileError as error:
+        return None, [from_error("LH020", error, where)]
+    except LoraHubError as error:
+        return None, [from_error("LH021", error, where)]

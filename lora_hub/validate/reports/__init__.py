@@ -1,0 +1,11 @@
+"""Findings as text for people and as JSON for programs; `REPORTS` is the table."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lora_hub.validate.findings import Finding
+from lora_hub.validate.reports import json, text
+
+REPORTS: Mapping[str, Callable[[Sequence[Finding]], str]] = {
+    "json": json.render,
+    "text": text.render,
+}

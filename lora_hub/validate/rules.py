@@ -1,0 +1,163 @@
+"""The rules of validation, each with an id that does not change.
+
+To add one: a row here, a check in one of the files beside, a test.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        why: what goes wrong for users where it is broken.
+        mend: what its author can do.
+    """
+
+    title: str
+    severity: Severity
+    why: str
+    mend: str
+
+
+_PACK = "pack the source again with `lorahub pack`"
+_SIGN = "sign the package again with `lorahub sign`"
+
+RULES = {
+    "LH001": Rule(
+        "the manifest can be read",
+        "error",
+        "a document that two programs read differently proves nothing",
+        _PACK,
+    ),
+    "LH002": Rule(
+        "the manifest follows its schema",
+        "error",
+        "a missing or malformed field is one that no reader can rely on",
+        _PACK,
+    ),
+    "LH003": Rule(
+        "the manifest is canonical JSON",
+        "error",
+        "the package's digest is over these bytes: one content has one spelling",
+        _PACK,
+    ),
+    "LH004": Rule(
+        "the manifest has no unknown fields",
+        "warning",
+        "a field nobody knows is a typing error, or written for another program",
+        "put fields of a tool under ext, or below a name that begins with x-",
+    ),
+    "LH005": Rule(
+        "the manifest does not contradict itself",
+        "error",
+        "names, files, modules and targets are stated in several places that must agree",
+        _PACK,
+    ),
+    "LH006": Rule(
+        "the licence is an SPDX expression",
+        "error",
+        "without a licence that programs can read, nobody knows what they may do",
+        "use an identifier of spdx.org/licenses, or LicenseRef-Name with a LICENSE file",
+    ),
+    "LH007": Rule(
+        "the task is on the list",
+        "error",
+        "search and hubs know these tasks and no others",
+        "the list is in lora_hub/manifest/tasks.py; further parts stand behind a slash",
+    ),
+    "LH010": Rule(
+        "every file has the size and digest of the manifest",
+        "error",
+        "a file that differs was damaged or replaced",
+        "fetch the package again, or pack the source again",
+    ),
+    "LH011": Rule(
+        "every listed file is there",
+        "error",
+        "the package cannot be used or verified without it",
+        "fetch the package again, or pack the source again",
+    ),
+    "LH012": Rule(
+        "nothing lies in the package that is not listed",
+        "error",
+        "a file that no digest covers can be exchanged without a trace",
+        "remove it, or pack it from the source",
+    ),
+    "LH020": Rule(
+        "the weights are a strict safetensors file",
+        "error",
+        "readers disagree about a header that is not, and see different tensors",
+        "save the adapter again; pickles and archives are never read",
+    ),
+    "LH021": Rule(
+        "config and weights are one adapter that can be applied exactly",
+        "error",
+        "PEFT loads what it can and drops the rest in silence",
+        "see the message",
+    ),
+    "LH022": Rule(
+        "the manifest describes the weights",
+        "error",
+        "search, fit and ranks are decided by the manifest",
+        _PACK,
+    ),
+    "LH023": Rule(
+        "the adapter's folder holds no pickles",
+        "warning",
+        "opening a pickle runs code of its author",
+        "remove them: adapter_model.safetensors is all that is needed",
+    ),
+    "LH024": Rule(
+        "the base is named as others know it",
+        "warning",
+        "an adapter whose base is a path or nothing can be tried on any model, and fails",
+        "pack it with --base: the package then knows its base by content",
+    ),
+    "LH030": Rule(
+        "all numbers are finite",
+        "error",
+        "one NaN or infinity in a factor makes every output NaN",
+        "train again with a lower learning rate, or from an earlier checkpoint",
+    ),
+    "LH031": Rule(
+        "the adapter does something",
+        "warning",
+        "with every factor b zero, the model answers as without the adapter",
+        "check that training ran and that these are the trained weights",
+    ),
+    "LH040": Rule(
+        "the package is signed",
+        "warning",
+        "without a signature nobody can tell the author's package from another's",
+        "sign it with `lorahub sign`",
+    ),
+    "LH041": Rule(
+        "the signature is well-formed and covers the package",
+        "error",
+        "a signature over less than everything proves nothing about the rest",
+        _SIGN,
+    ),
+    "LH042": Rule(
+        "the signature is by a trusted key over these bytes",
+        "error",
+        "the package is not the one its author signed, or not by that author",
+        _SIGN,
+    ),
+    "LH043": Rule(
+        "the key of the signature is known",
+        "note",
+        "a signature can be compared only with a key that came from elsewhere",
+        "pin the namespace's key with `lorahub trust add`",
+    ),
+    "LH050": Rule(
+        "the registry is sound",
+        "error",
+        "events, keys and blobs must tell one unbroken story",
+        "restore the file from where the registry came from",
+    ),
+}
