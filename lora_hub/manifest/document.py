@@ -21,24 +21,34 @@ MANIFEST_VERSION = "1.0"
 # An 80-layer model with seven targets a layer needs about 200 KiB.
 MAX_MANIFEST_BYTES = 4 << 20
 
-Sha256 = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+def spelt(pattern: str, description: str | None = None) -> Meta:
+    """Return the constraint that the whole text is spelt so.
+
+    Python's `$` also matches before a final newline, other languages' does not; the
+    lookahead makes them one.
+    """
+    return Meta(pattern=rf"^(?:{pattern})$(?!\n)", description=description)
+
+
+Sha256 = Annotated[str, spelt("sha256:[0-9a-f]{64}")]
 FullName = Annotated[
     str,
-    Meta(
-        pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61})[a-z0-9]/[a-z0-9](?:[a-z0-9-]{0,61})[a-z0-9]$",
-        description="namespace/name, lower-case letters, digits and single hyphens",
+    spelt(
+        "[a-z0-9][a-z0-9-]{0,61}[a-z0-9]/[a-z0-9][a-z0-9-]{0,61}[a-z0-9]",
+        "namespace/name, lower-case letters, digits and single hyphens",
     ),
 ]
 Version = Annotated[
     str,
-    Meta(
-        pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-(alpha|beta|rc)\.(0|[1-9]\d*))?$",
-        description="what SemVer 2 and PEP 440 both accept: 1.2.0 or 1.2.0-rc.1",
+    spelt(
+        r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}(-(alpha|beta|rc)\.(0|[1-9][0-9]*))?",
+        "what SemVer 2 and PEP 440 both accept: 1.2.0 or 1.2.0-rc.1",
     ),
 ]
 Timestamp = Annotated[
     str,
-    Meta(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$", description="RFC 3339, UTC"),
+    spelt("[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z", "RFC 3339, UTC"),
 ]
 Line = Annotated[str, Meta(max_length=300, description="one line of text")]
 NonEmpty = Annotated[str, Meta(min_length=1, max_length=500)]
@@ -47,10 +57,7 @@ Rank = Annotated[int, Meta(ge=1)]
 Shape = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=8)]
 FileName = Annotated[
     str,
-    Meta(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,119}$",
-        description="flat: no folders, no leading dot",
-    ),
+    spelt("[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", "flat: no folders, no leading dot"),
 ]
 Policy = Literal["exact", "targets", "struct"]
 
@@ -72,13 +79,13 @@ class Author(Document, frozen=True, kw_only=True):
 
 class SourceCode(Document, frozen=True, kw_only=True):
     repo: NonEmpty
-    commit: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")] | None = None
+    commit: Annotated[str, spelt("[0-9a-f]{40}")] | None = None
 
 
 class BaseHint(Document, frozen=True, kw_only=True):
     """Where the base may be found. Never its identity."""
 
-    hub: Annotated[str, Meta(pattern=r"^[a-z0-9-]+$", description="hf, pypi, …")]
+    hub: Annotated[str, spelt("[a-z0-9-]+", "hf, pypi, …")]
     repo: NonEmpty
     revision: Line | None = None
 
@@ -196,13 +203,13 @@ class Prompt(Document, frozen=True, kw_only=True):
 class Task(Document, frozen=True, kw_only=True):
     id: Annotated[
         str,
-        Meta(
-            pattern=r"^[a-z0-9]+(-[a-z0-9]+)*(/[a-z0-9]+(-[a-z0-9]+)*)?$",
-            description="a known task, then a free part: text-generation/verse",
+        spelt(
+            "[a-z0-9]+(-[a-z0-9]+)*(/[a-z0-9]+(-[a-z0-9]+)*)?",
+            "a known task, then a free part: text-generation/verse",
         ),
     ]
     labels: tuple[Line, ...] = ()
-    languages: tuple[Annotated[str, Meta(pattern=r"^[a-z]{2,3}$")], ...] = ()  # ISO 639
+    languages: tuple[Annotated[str, spelt("[a-z]{2,3}")], ...] = ()  # ISO 639
     modalities: tuple[Line, ...] = ()
 
 
@@ -279,7 +286,7 @@ class File(Document, frozen=True, kw_only=True):
 class Manifest(Document, frozen=True, kw_only=True):
     """The whole of `lorahub.json`."""
 
-    manifest_version: Annotated[str, Meta(pattern=r"^\d+\.\d+$")]
+    manifest_version: Annotated[str, spelt(r"[0-9]+\.[0-9]+")]
     name: FullName
     version: Version
     kind: Literal["lora", "rslora"]  # D

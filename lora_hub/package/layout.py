@@ -24,7 +24,7 @@ Role = Literal["weights", "config", "card", "license", "tokenizer"]
 
 CARD_NAME = "README.md"
 TEMPLATE_NAME = "chat_template.jinja"
-MAX_FILES = 256
+MAX_FILES = 255  # beside the manifest: a signature lists 256 files
 
 _ROLES: dict[str, Role] = {
     CONFIG_NAME: "config",

@@ -54,7 +54,7 @@ def test_plain_names_may_stand_together():
         (["NUL.txt"], "a device on Windows"),
         (["com1.json"], "a device on Windows"),
         (["README.md", "readme.MD"], "differ in case alone"),
-        ([f"f{n}" for n in range(257)], "at most 256"),
+        ([f"f{n}" for n in range(257)], "at most 255"),
     ],
 )
 def test_names_that_mean_trouble_somewhere_are_refused(names, problem):

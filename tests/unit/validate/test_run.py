@@ -282,7 +282,7 @@ def test_reports_say_the_same_as_text_and_as_json(folder):
 
 
 def test_report_of_nothing_says_so():
-    assert REPORTS["text"](()) == "nothing found"
+    assert REPORTS["text"](()) == "no findings"
     assert json.loads(REPORTS["json"](())) == {"findings": []}
 
 

@@ -1,0 +1,92 @@
+"""A resolved version → its folder in the cache, every byte compared with its digest."""
+
+from pathlib import Path
+
+from lora_hub.errors import IntegrityError, NotFoundError
+from lora_hub.manifest import codec
+from lora_hub.manifest.document import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from lora_hub.package.package import Package, open_package, read_package
+from lora_hub.registry.cache import Cache
+from lora_hub.registry.registry import Registry
+from lora_hub.registry.resolve import Resolved
+from lora_hub.signing.envelope import MAX_BUNDLE_BYTES
+from lora_hub.signing.statement import SIGNATURE_NAME
+
+
+def fetch(
+    resolved: Resolved, registry: Registry, cache: Cache, *, offline: bool = False
+) -> Path:
+    """Return the package's folder in the cache, brought there first where it is missing.
+
+    What the cache has is not asked of the registry again. Who signed it is not looked at
+    here (`pull.py` does).
+
+    Raises:
+        NotFoundError: it is not in the cache and `offline`, or the registry lost a file.
+        IntegrityError: bytes differ from their digest.
+        TrustError: others may write to the cache.
+        StoreError: the cache cannot be written.
+    """
+    folder = cache.get(resolved.package)
+    if folder is None:
+        if offline:
+            raise NotFoundError(
+                f"{resolved.full_name} {resolved.version} is not in the cache, and nothing "
+                "is fetched while offline",
+                hint="pull it once while online",
+            )
+        remote = open_published(resolved, registry)
+        folder = cache.put(
+            resolved.package, ((name, _checked(remote, name)) for name in remote.names)
+        )
+    package = open_package(folder)
+    if package.digest != resolved.package:
+        raise IntegrityError(
+            f"the manifest has digest {package.digest}, expected {resolved.package}",
+            where=str(folder),
+            hint="the cache was damaged: `lorahub cache prune`, then pull again",
+        )
+    check_name(package, resolved)
+    return folder
+
+
+def open_published(resolved: Resolved, registry: Registry) -> Package:
+    """Return the package as it lies in the registry; files are read when asked for.
+
+    Raises:
+        NotFoundError: the registry lost the manifest.
+        IntegrityError: the bytes differ from their digest, or the manifest is one of
+            another name or version.
+    """
+    where = f"{resolved.full_name}@{resolved.version}"
+    data = registry.blob(resolved.package, max_bytes=MAX_MANIFEST_BYTES)
+    manifest = codec.decode(data, where=f"{where}/{MANIFEST_NAME}")
+    listed = {file.path: file for file in manifest.files}
+
+    def read(name: str) -> bytes:
+        if name == MANIFEST_NAME:
+            return data
+        if name == SIGNATURE_NAME:
+            return registry.blob(resolved.signature, max_bytes=MAX_BUNDLE_BYTES)
+        return registry.blob(listed[name].sha256, max_bytes=listed[name].size)
+
+    package = read_package(read, {*listed, MANIFEST_NAME, SIGNATURE_NAME}, where=where)
+    check_name(package, resolved)
+    return package
+
+
+def check_name(package: Package, resolved: Resolved) -> None:
+    """Raise `IntegrityError` unless the package says the name it was found under."""
+    found = f"{package.manifest.name} {package.manifest.version}"
+    expected = f"{resolved.full_name} {resolved.version}"
+    if found != expected:
+        raise IntegrityError(
+            f"the registry calls the package {expected}, the package itself {found}",
+            where=package.where,
+        )
+
+
+def _checked(package: Package, name: str) -> bytes:
+    if name in (MANIFEST_NAME, SIGNATURE_NAME):
+        return package.read(name)  # compared as blobs
+    return package.read_checked(name)

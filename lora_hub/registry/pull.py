@@ -1,0 +1,56 @@
+"""A reference → a package in the cache that a believed key signed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_hub.package.package import Package, open_package
+from lora_hub.refs import Reference
+from lora_hub.registry.cache import Cache
+from lora_hub.registry.fetch import fetch
+from lora_hub.registry.registry import Registry
+from lora_hub.registry.resolve import resolve
+from lora_hub.registry.trust import TrustStore
+from lora_hub.registry.verify import verify_package
+from lora_hub.signing.verify import Signer
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a reference meant, and where it is now.
+
+    Attributes:
+        folder: in the cache, read-only.
+        notes: what the user should hear: a withdrawn version, a first contact.
+    """
+
+    package: Package
+    folder: Path
+    signer: Signer
+    notes: tuple[str, ...]
+
+
+def pull(
+    reference: Reference,
+    registry: Registry,
+    cache: Cache,
+    trust: TrustStore,
+    *,
+    offline: bool = False,
+) -> Pulled:
+    """Return the package that the reference means: every byte checked, the signer believed.
+
+    A namespace that is met for the first time is pinned when its package proved good, not
+    before.
+
+    Raises:
+        NotFoundError, IntegrityError, TrustError, StoreError: as `resolve`, `fetch`,
+            `TrustStore.judge` and `verify_package`.
+    """
+    resolved = resolve(reference, registry)
+    chain = registry.key_chain(reference.namespace)
+    verdict = trust.judge(reference.namespace, chain, registry.where)
+    folder = fetch(resolved, registry, cache, offline=offline)
+    package = open_package(folder)
+    signer = verify_package(package, verdict.keys)
+    trust.keep(verdict)
+    return Pulled(package, folder, signer, (*resolved.notes, *verdict.notes))
