@@ -46,7 +46,14 @@ def verify(folder: Path, key: Path = PUBLIC) -> int:
 
 
 def test_model_signing_accepts_our_signature(package):
-    command = [MODEL_SIGNING, "verify", "key", package, "--signature", package / "model.sig"]
+    command = [
+        MODEL_SIGNING,
+        "verify",
+        "key",
+        package,
+        "--signature",
+        package / "model.sig",
+    ]
 
     result = subprocess.run(
         [*command, "--public_key", PUBLIC], capture_output=True, text=True

@@ -33,7 +33,9 @@ def test_every_example_is_run_somewhere():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
     script = ROOT / "examples" / name
-    command = ["bash", str(script)] if script.suffix == ".sh" else [sys.executable, str(script)]
+    command = (
+        ["bash", str(script)] if script.suffix == ".sh" else [sys.executable, str(script)]
+    )
 
     result = subprocess.run(
         [*command, str(tmp_path / "out")],

@@ -99,7 +99,17 @@ def prepare(world: World, name: str) -> None:
         flip(Path(world / "registry/index/me/ad/000001.json"))
 
 
-PACKED = ["--name", "me/xx", "--version", "1.0.0", "--base", "@base", "--out", "@out", *PACK]
+PACKED = [
+    "--name",
+    "me/xx",
+    "--version",
+    "1.0.0",
+    "--base",
+    "@base",
+    "--out",
+    "@out",
+    *PACK,
+]
 
 
 def packed(**changed: str) -> list[str]:
@@ -246,7 +256,11 @@ def test_mistake_is_met_with_one_line_and_its_exit_code(case, world, capsys):
     assert says in captured.err
     assert "Traceback" not in captured.err
     lines = captured.err.replace("Usage:", "\nUsage:").splitlines()
-    said = [line for line in lines if not line.startswith(("  hint: ", "note: ", "Usage:", "Try "))]
+    said = [
+        line
+        for line in lines
+        if not line.startswith(("  hint: ", "note: ", "Usage:", "Try "))
+    ]
     assert len([line for line in said if line.strip()]) == 1, captured.err
     assert captured.out == ""
     assert not Path(world / "out").exists()

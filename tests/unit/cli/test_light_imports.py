@@ -16,11 +16,11 @@ REGISTRY = ROOT / "registry"
 
 # Third-party packages; modules of the standard library and parts of these do not count.
 START = {"click", "lora_hub"}
-DOCUMENTS = START | {"msgspec", "rfc8785", "packaging", "platformdirs"}
-SIGNATURES = DOCUMENTS | {"cryptography", "_cffi_backend"}
+DOCUMENTS = START | {"msgspec", "rfc8785", "packaging", "platformdirs", "typing_extensions"}
+SIGNATURES = DOCUMENTS | {"cryptography", "_cffi_backend", "_openssl"}
 SCHEMA = {
     *("jsonschema", "jsonschema_specifications", "referencing", "rpds", "attr", "attrs"),
-    "typing_extensions",
+    "idna",
 }
 
 CASES = {

@@ -1,0 +1,1 @@
+"""Adapters in memory: the normal form of an update, loading and saving."""

@@ -1,0 +1,1 @@
+"""Adapters and weights → one adapter."""

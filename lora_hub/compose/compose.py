@@ -1,0 +1,141 @@
+"""Adapters and weights → one adapter. The result can be composed, saved, merged, attached.
+
+This file checks that the adapters belong together and goes from target to target; what
+happens at one target is the matter of a method (`methods.py`).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from lora_hub.adapter.adapter import Adapter, Parent
+from lora_hub.adapter.update import Update
+from lora_hub.compose.linear import Term
+from lora_hub.compose.methods import METHODS, Method
+from lora_hub.errors import ComposeError
+from lora_hub.manifest.document import Base, Policy
+
+Part = tuple[Adapter, float]  # an adapter and its weight
+
+# From the strictest to the loosest.
+_POLICIES: tuple[Policy, ...] = ("exact", "targets", "struct")
+
+
+def compose(
+    parts: Sequence[Part], method: str = "linear", *, name: str | None = None
+) -> Adapter:
+    """Return one adapter that does what the parts do together.
+
+    Targets are the union of the parts' targets; at a target that only one part has, that
+    part's update is taken times its weight. The base is the one that all parts with an
+    identified base share; a part without one says nothing about it.
+
+    Args:
+        parts: adapters and finite weights, of any ranks and signs.
+        method: a name in `METHODS`.
+        name: what to call the result.
+
+    Raises:
+        ComposeError: no parts, an unknown method, a weight that is not finite, adapters of
+            different bases, or a target whose shapes disagree.
+    """
+    chosen = _method(method)
+    _check_weights(parts)
+    base = _common_base(parts)
+    return Adapter(
+        updates={
+            target: _combined(target, parts, chosen)
+            for target in sorted(
+                {target for adapter, _ in parts for target in adapter.updates}
+            )
+        },
+        name=name,
+        base=base,
+        base_name=_agreed(adapter.base_name for adapter, _ in parts),
+        task_type=_agreed(adapter.task_type for adapter, _ in parts),
+        parents=tuple(
+            Parent(adapter.name, adapter.digest, float(weight)) for adapter, weight in parts
+        ),
+    )
+
+
+def _method(name: str) -> Method:
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise ComposeError(
+            f"{name!r} is no method of composing", hint=f"methods: {', '.join(METHODS)}"
+        ) from None
+
+
+def _check_weights(parts: Sequence[Part]) -> None:
+    if not parts:
+        raise ComposeError(
+            "there is nothing to compose", hint="name at least one adapter and its weight"
+        )
+    for index, (adapter, weight) in enumerate(parts):
+        if not math.isfinite(weight):
+            raise ComposeError(
+                f"the weight is {weight}, expected a finite number",
+                where=_called(adapter, index),
+            )
+
+
+def _combined(target: str, parts: Sequence[Part], method: Method) -> Update:
+    terms: list[Term] = []
+    first: tuple[str, tuple[int, int]] | None = None
+    for index, (adapter, weight) in enumerate(parts):
+        update = adapter.updates.get(target)
+        if update is None:
+            continue
+        called = _called(adapter, index)
+        if first is None:
+            first = called, update.shape
+        elif update.shape != first[1]:
+            raise ComposeError(
+                f"{first[0]} changes a weight of shape {list(first[1])}, {called} one of "
+                f"shape {list(update.shape)}",
+                where=target,
+                hint="these adapters were made for different bases",
+            )
+        terms.append((update, float(weight)))
+    return method.function(terms)
+
+
+def _common_base(parts: Sequence[Part]) -> Base | None:
+    """Return the shared base with the targets of all parts and the strictest policy."""
+    known = [
+        (_called(adapter, index), adapter.base)
+        for index, (adapter, _) in enumerate(parts)
+        if adapter.base is not None
+    ]
+    if not known:
+        return None
+    first_name, first = known[0]
+    for name, base in known[1:]:
+        if base.root != first.root:
+            raise ComposeError(
+                f"{first_name} was made for base {first.root}, {name} for {base.root}",
+                hint="adapters of one base can be composed; see `lorahub inspect`",
+            )
+    targets = {target.module: target for _, base in known for target in base.targets}
+    return msgspec.structs.replace(
+        first,
+        targets=tuple(targets[module] for module in sorted(targets)),
+        variants=tuple(
+            variant
+            for variant in first.variants
+            if all(variant in base.variants for _, base in known)
+        ),
+        policy=min((base.policy for _, base in known), key=_POLICIES.index),
+    )
+
+
+def _agreed(values: Iterable[str | None]) -> str | None:
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _called(adapter: Adapter, index: int) -> str:
+    return adapter.name or f"adapter {index + 1}"

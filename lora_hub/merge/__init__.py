@@ -1,0 +1,1 @@
+"""Base and adapters → a checkpoint: a plan, and its execution."""

@@ -1,0 +1,97 @@
+"""The files of a checkpoint beside its tensors: which go along, and with what changes.
+
+Loads no torch; `plan.py` asks which files there are, `execute.py` for their bytes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_hub import strict_json
+from lora_hub.errors import InputError
+from lora_hub.tensors.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    PICKLE_SUFFIXES,
+    SINGLE_NAME,
+    Checkpoint,
+)
+from lora_hub.tensors.file import CHUNK_BYTES
+
+PROVENANCE_NAME = "lorahub-merge.json"
+
+# Not taken along: weights in other formats, which would be the unmerged ones; adapters,
+# which transformers would attach by itself; and the base's card, which tells of the base.
+_LEFT_OUT_SUFFIXES = (
+    *PICKLE_SUFFIXES,
+    ".safetensors",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
+_LEFT_OUT_NAMES = frozenset({"README.md", "adapter_config.json", PROVENANCE_NAME})
+
+
+def other_files(base: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the other files to copy, and of those that are left out."""
+    shards = {shard.path.name for shard in base.shards}
+    try:
+        names = sorted(path.name for path in base.folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=base.where) from error
+    copied: list[str] = []
+    left_out: list[str] = []
+    for name in names:
+        if name.startswith(".") or name in shards:
+            continue
+        is_index = name == INDEX_NAME and SINGLE_NAME not in shards
+        is_left_out = name in _LEFT_OUT_NAMES or name.endswith(_LEFT_OUT_SUFFIXES)
+        (left_out if is_left_out and not is_index else copied).append(name)
+    return tuple(copied), tuple(left_out)
+
+
+def chunks(path: Path, *, dtype: str | None, size_bytes: int) -> Iterator[bytes]:
+    """Give the bytes that a copied file will have.
+
+    They are the file's own, unless tensors are written in a `dtype` of which it speaks.
+    `size_bytes` is that of all tensors in the result.
+
+    Raises:
+        DocumentError: a file that is to be edited is no JSON object.
+        OSError: the file cannot be read.
+    """
+    edit = _EDITS.get(path.name)
+    if edit is not None and dtype is not None:
+        document = strict_json.read_object(path, max_bytes=MAX_INDEX_BYTES)
+        edit(document, dtype, size_bytes)
+        yield (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+        return
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _edit_config(config: dict[str, Any], dtype: str, _size_bytes: int) -> None:
+    # transformers 5 says "dtype", earlier ones "torch_dtype"; models of text and images
+    # have a config for each.
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    for place in config.values():
+        if isinstance(place, dict) and key in place:
+            place[key] = dtype
+    config[key] = dtype
+
+
+def _edit_index(index: dict[str, Any], _dtype: str, size_bytes: int) -> None:
+    metadata = index.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    index["metadata"] = kept | {"total_size": size_bytes}
+
+
+_EDITS: Mapping[str, Callable[[dict[str, Any], str, int], None]] = {
+    CONFIG_NAME: _edit_config,
+    INDEX_NAME: _edit_index,
+}

@@ -1,0 +1,1 @@
+"""Adapters on a running model, which stays as it is."""
