@@ -13,7 +13,7 @@ import tests.typecheck  # noqa: F401  (named below)
 
 # Shapes and dtypes in the tensor half's annotations are checked while tests run.
 install_import_hook(
-    [f"lora_hub.{part}" for part in ("adapter", "compose", "merge", "runtime")],
+    [f"lora_hub.{part}" for part in ("adapter", "composing", "merging", "runtime")],
     "tests.typecheck.checked",
 )
 

@@ -3,7 +3,7 @@
     Δ = diag(p)·W + W·diag(q) + b·diag(scaling)·a        and a bias that is added
 
 LoRA and rsLoRA have p = q = bias = 0; other methods are exact in the same form. It is
-closed under weighted sums: the factors are stacked, p, q and bias add (`compose/`).
+closed under weighted sums: the factors are stacked, p, q and bias add (`composing/`).
 `scaling` holds one number for each row of `a`, so that a sum of adapters keeps every
 factor's bits and all weights stay float64.
 """

@@ -12,10 +12,10 @@ from lora_hub.adapter.load import load
 from lora_hub.adapter.save import save as save_adapter
 from lora_hub.base.fit import check_fit
 from lora_hub.base.folder import FolderBase
-from lora_hub.compose.compose import compose as compose_adapters
-from lora_hub.merge import execute as merging
-from lora_hub.merge.plan import MergePlan, Part
-from lora_hub.merge.plan import plan as plan_merge
+from lora_hub.composing.compose import compose as compose_adapters
+from lora_hub.merging import execute as merging
+from lora_hub.merging.plan import MergePlan, Part
+from lora_hub.merging.plan import plan as plan_merge
 from lora_hub.public.find import Found, find
 from lora_hub.runtime.host import Host
 
@@ -68,7 +68,7 @@ def compose(
     Args:
         parts: {reference: weight}, or pairs of a reference, a folder or an `Adapter`, and
             its weight.
-        method: a name of `compose/methods.py`.
+        method: a name of `composing/methods.py`.
         registry: where references are looked up.
         note: is told what a person should hear, such as that a key was pinned.
 

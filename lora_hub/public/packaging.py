@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_hub.registry.publish import PushResult
     from lora_hub.registry.registry import Registry
     from lora_hub.registry.trust import Pin
-    from lora_hub.validate.findings import Finding
+    from lora_hub.validation.findings import Finding
 
 PathLike = str | os.PathLike[str]
 
@@ -247,7 +247,7 @@ def validate(*paths: PathLike) -> "tuple[Finding, ...]":
     Raises:
         InputError: a path does not exist.
     """
-    from lora_hub.validate.run import validate as run
+    from lora_hub.validation.run import validate as run
 
     return tuple(finding for path in paths for finding in run(Path(path)))
 

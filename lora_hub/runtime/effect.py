@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_hub.compose.linear import Term, cat
+from lora_hub.composing.linear import Term, cat
 
 # Dtypes that torch computes in. A layer stored in another one, such as fp8, gives float32.
 _COMPUTES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.adapter.update import Update
-from lora_hub.compose.linear import Term
+from lora_hub.composing.linear import Term
 from lora_hub.errors import InputError, NotFoundError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base, Policy

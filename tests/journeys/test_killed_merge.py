@@ -19,8 +19,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from lora_hub.formats.detect import open_adapter
-from lora_hub.merge.execute import execute
-from lora_hub.merge.plan import Part, plan
+from lora_hub.merging.execute import execute
+from lora_hub.merging.plan import Part, plan
 from lora_hub.tensors.checkpoint import Checkpoint
 
 base, adapter, out = map(Path, sys.argv[1:4])

@@ -55,10 +55,9 @@ def original(tmp_path_factory):
         ("changed", "1.0.0", "base"),
         ("cousin", "2.0.0", "other-base"),
     ):
-        out, base = str(folder / name), str(folder / base)
-        summary = ["--summary", name]
-        arguments = ["--name", "me/ad", "--version", version, "--base", base, "--out", out]
-        assert run(["pack", str(folder / "adapter"), *arguments, *PACK, *summary]) == 0
+        said = ["--name", "me/ad", "--version", version, "--summary", name, *PACK]
+        places = ["--base", str(folder / base), "--out", str(folder / name)]
+        assert run(["pack", str(folder / "adapter"), *said, *places]) == 0
     shutil.copytree(folder / "package", folder / "unsigned")
     shutil.copytree(folder / "package", folder / "forged")
     for name, key in (("package", "my"), ("changed", "my"), ("forged", "other")):

@@ -13,8 +13,8 @@ from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.adapter.save import to_source
 from lora_hub.adapter.update import Update, delta
-from lora_hub.compose.compose import compose
-from lora_hub.compose.methods import METHODS
+from lora_hub.composing.compose import compose
+from lora_hub.composing.methods import METHODS
 from lora_hub.formats.detect import open_adapter
 
 # beartype, which checks the annotations, draws which items of a list it looks at.

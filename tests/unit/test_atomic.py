@@ -65,9 +65,13 @@ def test_a_folder_appears_when_its_block_ends(tmp_path):
 
 
 def test_a_folder_whose_block_fails_does_not_appear(tmp_path):
-    with pytest.raises(RuntimeError), atomic.new_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("x")
-        raise RuntimeError
+    def fill():
+        with atomic.new_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fill()
 
     assert os.listdir(tmp_path) == []
 

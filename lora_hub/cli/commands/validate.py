@@ -31,7 +31,7 @@ def command(paths: tuple[Path, ...], form: str, fail_on: str) -> int:
     Exit code 0: nothing at or above the failing severity; 1: findings.
     """
     from lora_hub.public import packaging
-    from lora_hub.validate.reports import REPORTS
+    from lora_hub.validation.reports import REPORTS
 
     findings = packaging.validate(*paths)
     terminal.out(REPORTS[form](findings))

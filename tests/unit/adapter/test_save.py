@@ -10,7 +10,7 @@ from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.adapter.save import save, to_source
 from lora_hub.adapter.update import Update, delta
-from lora_hub.compose.compose import compose
+from lora_hub.composing.compose import compose
 from lora_hub.errors import FormatError, StoreError
 from lora_hub.formats.detect import open_adapter
 from lora_hub.runtime.host import Host

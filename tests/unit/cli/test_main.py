@@ -88,5 +88,7 @@ def test_sizes_are_readable(size, text):
 
 def test_readme_names_the_two_commands():
     assert re.search(
-        r"^make demo$.*^make test$", (ROOT / "README.md").read_text(), re.S | re.M
+        r"^make demo$.*^make test$",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL | re.MULTILINE,
     )

@@ -7,7 +7,7 @@ import torch
 from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.base.folder import FolderBase, describe
-from lora_hub.compose.compose import compose
+from lora_hub.composing.compose import compose
 from lora_hub.errors import FitError, InconclusiveError, InputError, NotFoundError
 from lora_hub.formats.detect import open_adapter
 from lora_hub.formats.source import AdapterSource

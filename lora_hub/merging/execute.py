@@ -19,10 +19,10 @@ from lora_hub import atomic
 from lora_hub.adapter.load import load_update
 from lora_hub.adapter.tensor_bytes import TORCH, to_bytes, to_tensor
 from lora_hub.adapter.update import Update, delta
-from lora_hub.compose.linear import cat
+from lora_hub.composing.linear import cat
 from lora_hub.errors import ComposeError
-from lora_hub.merge import files, provenance
-from lora_hub.merge.plan import MergePlan, Part, PlannedShard, PlannedTensor
+from lora_hub.merging import files, provenance
+from lora_hub.merging.plan import MergePlan, Part, PlannedShard, PlannedTensor
 from lora_hub.tensors.checkpoint import Checkpoint, Shard
 from lora_hub.tensors.write import write_tensors
 

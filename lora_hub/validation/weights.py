@@ -2,7 +2,7 @@
 
 from lora_hub.formats.source import AdapterSource
 from lora_hub.tensors import arrays
-from lora_hub.validate.findings import Finding, finding
+from lora_hub.validation.findings import Finding, finding
 
 
 def check_numbers(source: AdapterSource) -> list[Finding]:

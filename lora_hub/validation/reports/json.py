@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from lora_hub.validate.findings import Finding
+from lora_hub.validation.findings import Finding
 
 
 def render(findings: Sequence[Finding]) -> str:

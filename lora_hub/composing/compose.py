@@ -11,8 +11,8 @@ import msgspec
 
 from lora_hub.adapter.adapter import Adapter, Parent
 from lora_hub.adapter.update import Update
-from lora_hub.compose.linear import Term
-from lora_hub.compose.methods import METHODS, Method
+from lora_hub.composing.linear import Term
+from lora_hub.composing.methods import METHODS, Method
 from lora_hub.errors import ComposeError
 from lora_hub.manifest.document import Base, Policy
 

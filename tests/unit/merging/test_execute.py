@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from lora_hub.adapter.load import load
 from lora_hub.errors import ComposeError, StoreError
 from lora_hub.formats.detect import open_adapter
-from lora_hub.merge import execute as execute_module
-from lora_hub.merge.execute import execute
-from lora_hub.merge.plan import Part, plan
+from lora_hub.merging import execute as execute_module
+from lora_hub.merging.execute import execute
+from lora_hub.merging.plan import Part, plan
 from lora_hub.runtime.host import Host
 from lora_hub.tensors.checkpoint import Checkpoint
 from tests.builders import logits, tiny_adapter, tiny_base

@@ -4,7 +4,7 @@ import torch
 
 from lora_hub.adapter.adapter import Adapter, Parent
 from lora_hub.adapter.update import Update
-from lora_hub.compose.compose import compose
+from lora_hub.composing.compose import compose
 from lora_hub.errors import ComposeError
 from lora_hub.manifest.document import BaseTarget, BaseVariant
 from tests.builders import tiny_manifest

@@ -10,7 +10,7 @@ from lora_hub.manifest.schema import manifest_schema
 from lora_hub.manifest.tasks import TASKS
 from lora_hub.package import spdx
 from lora_hub.package.package import check_manifest
-from lora_hub.validate.findings import Finding, finding, from_error
+from lora_hub.validation.findings import Finding, finding, from_error
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_hub.errors import LoraHubError
-from lora_hub.validate.rules import RULES, Severity
+from lora_hub.validation.rules import RULES, Severity
 
 
 @dataclass(frozen=True, slots=True)

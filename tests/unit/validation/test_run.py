@@ -11,9 +11,9 @@ from lora_hub.registry.publish import push
 from lora_hub.registry.registry import init
 from lora_hub.registry.trust import TrustStore
 from lora_hub.signing import keys
-from lora_hub.validate.reports import REPORTS
-from lora_hub.validate.rules import RULES
-from lora_hub.validate.run import validate
+from lora_hub.validation.reports import REPORTS
+from lora_hub.validation.rules import RULES
+from lora_hub.validation.run import validate
 from tests.builders import sign_package, tiny_adapter, tiny_package
 
 KEY = keys.generate()

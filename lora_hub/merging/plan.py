@@ -13,7 +13,7 @@ from lora_hub.base.fit import check_structure
 from lora_hub.base.folder import FolderBase
 from lora_hub.errors import ComposeError, FitError, InputError
 from lora_hub.formats.source import AdapterSource
-from lora_hub.merge.files import other_files
+from lora_hub.merging.files import other_files
 from lora_hub.tensors.checkpoint import Checkpoint
 from lora_hub.tensors.dtypes import BITS, is_float
 from lora_hub.tensors.header import TensorInfo

@@ -10,9 +10,9 @@ from lora_hub.package.package import Package, check_modules, read_package
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing import envelope, policy, statement
 from lora_hub.signing.statement import SIGNATURE_NAME
-from lora_hub.validate.findings import Finding, finding, from_error
-from lora_hub.validate.manifest import check_bytes
-from lora_hub.validate.weights import check_numbers
+from lora_hub.validation.findings import Finding, finding, from_error
+from lora_hub.validation.manifest import check_bytes
+from lora_hub.validation.weights import check_numbers
 
 
 def check_package(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_hub.adapter.update import Update
-from lora_hub.compose.linear import Term, cat, linear
+from lora_hub.composing.linear import Term, cat, linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lora_hub.validate.findings import Finding
-from lora_hub.validate.reports import json, text
+from lora_hub.validation.findings import Finding
+from lora_hub.validation.reports import json, text
 
 REPORTS: Mapping[str, Callable[[Sequence[Finding]], str]] = {
     "json": json.render,

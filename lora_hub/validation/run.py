@@ -19,9 +19,9 @@ from lora_hub.registry.fetch import open_published
 from lora_hub.registry.registry import CONFIG, Registry, open_registry
 from lora_hub.registry.resolve import Resolved
 from lora_hub.registry.trust import TrustStore
-from lora_hub.validate.findings import Finding, finding, from_error
-from lora_hub.validate.package import check_package, try_source
-from lora_hub.validate.weights import check_numbers
+from lora_hub.validation.findings import Finding, finding, from_error
+from lora_hub.validation.package import check_package, try_source
+from lora_hub.validation.weights import check_numbers
 
 
 def validate(path: Path) -> tuple[Finding, ...]:

@@ -6,7 +6,7 @@ No times and no paths, so the same merge gives the same bytes anywhere.
 import msgspec
 
 from lora_hub import canonical
-from lora_hub.merge.plan import MergePlan
+from lora_hub.merging.plan import MergePlan
 
 SCHEMA = "lorahub.merge/1"
 

@@ -9,7 +9,7 @@ import pytest
 from lora_hub.errors import ComposeError, FitError, InputError
 from lora_hub.formats.detect import open_adapter
 from lora_hub.formats.peft import read_peft
-from lora_hub.merge.plan import Part, plan
+from lora_hub.merging.plan import Part, plan
 from lora_hub.tensors.checkpoint import Checkpoint
 from lora_hub.tensors.file import TensorFile
 from tests.builders import tensor_bytes, tiny_adapter, tiny_base
@@ -111,7 +111,7 @@ def test_is_made_without_torch(folder, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
         "from lora_hub.formats.detect import open_adapter\n"
-        "from lora_hub.merge.plan import Part, plan\n"
+        "from lora_hub.merging.plan import Part, plan\n"
         "from lora_hub.tensors.checkpoint import Checkpoint\n"
         f"with Checkpoint.open(Path({str(folder)!r})) as base:\n"
         f"    print(plan(base, [Part(open_adapter(Path({str(adapter)!r})))]))\n"
