@@ -5,9 +5,8 @@ Usage: python examples/compose_two.py [OUT]          (default: build/example/bot
 
 import sys
 
-from lora_hub.public.models import save
-
 import lora_hub
+from lora_hub.public.models import save
 
 out = sys.argv[1] if len(sys.argv) > 1 else "build/example/both"
 

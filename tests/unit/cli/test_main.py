@@ -86,9 +86,7 @@ def test_sizes_are_readable(size, text):
     assert terminal.size(int(size)) == text
 
 
-def test_readme_names_the_two_commands():
-    assert re.search(
-        r"^make demo$.*^make test$",
-        (ROOT / "README.md").read_text(),
-        re.DOTALL | re.MULTILINE,
-    )
+def test_the_readme_names_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+
+    assert re.search(r"^make demo$\n^make test$", readme, re.MULTILINE)
