@@ -3,7 +3,8 @@
 Everything durable goes through here: write a temporary sibling, flush it to the disk,
 then give it its name in one step. There are no lock files: who comes second is told so
 by the file system. A process killed at any moment leaves at most a temporary sibling
-(`.tmp-…`), which nothing reads and `sweep` removes.
+(`.tmp-…`), which nothing reads; `sweep`, and the next attempt at the same folder, remove
+those that are a day old.
 """
 
 import contextlib
@@ -67,6 +68,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary = Path(
             tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent)
         )
+    _remove_stale(path.parent.glob(f"{TEMPORARY}{path.name}-*"), STALE_S)
     try:
         yield temporary
         with _errors(path):
@@ -77,15 +79,23 @@ def new_folder(path: Path) -> Iterator[Path]:
             # rename(2) takes the place of an empty folder and of nothing else.
             os.rename(temporary, path)
             _flush_folder(path.parent)
+    except StoreError as error:
+        # The name the user gave, not the one only we know.
+        error.where = error.where and error.where.replace(str(temporary), str(path))
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sweep(folder: Path, *, older_than_s: float = STALE_S) -> int:
     """Remove temporary siblings that dead processes left; return how many."""
+    return _remove_stale(folder.rglob(f"{TEMPORARY}*"), older_than_s)
+
+
+def _remove_stale(entries: Iterable[Path], older_than_s: float) -> int:
     count = 0
     horizon = time.time() - older_than_s
-    for entry in folder.rglob(f"{TEMPORARY}*"):
+    for entry in entries:
         with contextlib.suppress(FileNotFoundError):
             if entry.lstat().st_mtime < horizon:
                 if entry.is_dir() and not entry.is_symlink():

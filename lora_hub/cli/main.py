@@ -6,6 +6,7 @@ little more than Python and click. All errors are printed here and nowhere else.
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def lorahub() -> None:
 
 def main() -> None:
     """Run the command line of this process and leave with its exit code."""
+    # A cancelled job is stopped with SIGTERM: clean up as after ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -105,3 +105,26 @@ def test_sweep_removes_what_dead_processes_left(tmp_path):
     assert atomic.sweep(tmp_path) == 1
     assert young.exists()
     assert not old.exists()
+
+
+def test_the_next_attempt_at_a_folder_removes_what_was_left_long_ago(tmp_path):
+    left = tmp_path / ".tmp-out-abc"
+    left.mkdir()
+    os.utime(left, (time.time() - 2 * atomic.STALE_S,) * 2)
+
+    with atomic.new_folder(tmp_path / "out"):
+        pass
+
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_names_the_folder_as_the_user_does(tmp_path):
+    def fill():
+        with atomic.new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            atomic.write_new(folder / "file" / "below", [b""])
+
+    with pytest.raises(StoreError) as caught:
+        fill()
+
+    assert caught.value.where.startswith(str(tmp_path / "out" / "file"))
