@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lora_hub.public.packaging import init_registry
-
 import lora_hub
+from lora_hub.public.publishing import init_registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = REPOSITORY / "build/base"

@@ -6,9 +6,9 @@ Usage: python examples/pack_and_sign.py [OUT]          (default: build/example)
 import sys
 from pathlib import Path
 
-from lora_hub.public.packaging import init_registry, keygen
-
 import lora_hub
+from lora_hub.public.keys import keygen
+from lora_hub.public.publishing import init_registry
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "build/example")
 

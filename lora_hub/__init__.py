@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lora_hub.adapter.adapter import Adapter
     from lora_hub.errors import LoraHubError
     from lora_hub.public.models import attach, compose, load_adapter, merge
-    from lora_hub.public.packaging import pack, pull, push, sign, validate, verify
+    from lora_hub.public.packaging import pack, sign, validate, verify
+    from lora_hub.public.publishing import pull, push
     from lora_hub.runtime.host import Host
 
 _HOMES = {
@@ -28,8 +29,8 @@ _HOMES = {
     "load_adapter": "lora_hub.public.models",
     "merge": "lora_hub.public.models",
     "pack": "lora_hub.public.packaging",
-    "pull": "lora_hub.public.packaging",
-    "push": "lora_hub.public.packaging",
+    "pull": "lora_hub.public.publishing",
+    "push": "lora_hub.public.publishing",
     "sign": "lora_hub.public.packaging",
     "validate": "lora_hub.public.packaging",
     "verify": "lora_hub.public.packaging",

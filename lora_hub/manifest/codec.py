@@ -5,7 +5,7 @@ refused by name; fields this version does not know are kept in the bytes (which 
 written anew) and reported by `unknown_fields`.
 """
 
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -17,6 +17,8 @@ from lora_hub.manifest.document import (
     Document,
     Manifest,
 )
+
+T = TypeVar("T")
 
 KNOWN_MAJOR, KNOWN_MINOR = (int(part) for part in MANIFEST_VERSION.split("."))
 
@@ -41,8 +43,17 @@ def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
             where=where,
             hint="it was edited by hand after packing; change the source and pack again",
         )
+    return typed(value, Manifest, where=where)
+
+
+def typed(value: Any, kind: type[T], *, where: str) -> T:
+    """Return a JSON value as the document it is meant to be.
+
+    Raises:
+        DocumentError: it has another shape; `where` ends in the JSON pointer.
+    """
     try:
-        return msgspec.convert(value, Manifest)
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `")
         raise DocumentError(

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from lora_hub import canonical, strict_json
 from lora_hub.errors import DocumentError
-from lora_hub.manifest.codec import pointer
+from lora_hub.manifest.codec import typed
 from lora_hub.manifest.document import (
     Count,
     Document,
@@ -116,10 +116,4 @@ def decode(data: bytes, kind: Any, *, where: str) -> Any:
     value = strict_json.decode_object(data, where=where, max_bytes=MAX_EVENT_BYTES)
     if canonical.encode(value) != data:
         raise DocumentError("the document is not in canonical form (RFC 8785)", where=where)
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `")
-        raise DocumentError(
-            problem[:1].lower() + problem[1:], where=f"{where}{pointer(path.rstrip('`'))}"
-        ) from error
+    return typed(value, kind, where=where)

@@ -22,12 +22,19 @@ def test_demo_runs_and_prints_what_the_readme_shows():
     readme = (ROOT / "README.md").read_text()
     (shown,) = re.findall(r"## What the demo prints\n\n```\n(.*?)\n```", readme, re.DOTALL)
     printed = result.stdout.splitlines()
-    # An ellipsis in the README stands for what was left out.
     missing = [
         line
-        for line in map(str.rstrip, shown.splitlines())
-        if line
-        and line != "…"
-        and not any(each.startswith(line.removesuffix("…")) for each in printed)
+        for line in without_verse(shown.splitlines())
+        # An ellipsis in the README stands for what was left out.
+        if not any(each.startswith(line.removesuffix("…")) for each in printed)
     ]
     assert missing == []
+
+
+def without_verse(lines):
+    """Leave out what the model wrote: another processor may round to another word."""
+    is_verse = False
+    for line in lines:
+        is_verse = line.startswith("--- ") or (is_verse and line not in ("", "…"))
+        if not is_verse:
+            yield line.rstrip()

@@ -20,9 +20,9 @@ def command(out: Path | None, as_json: bool) -> None:
 
     An existing file is never overwritten.
     """
-    from lora_hub.public import packaging
+    from lora_hub.public import keys
 
-    pair = packaging.keygen(out or settings.default_key())
+    pair = keys.keygen(out or settings.default_key())
     if as_json:
         terminal.out_json(
             {

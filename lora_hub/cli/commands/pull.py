@@ -18,9 +18,9 @@ from lora_hub.cli import options, terminal
 @options.as_json
 def command(ref: str, registry: str | None, out: Path | None, as_json: bool) -> None:
     """Get the package that REF names: every byte checked, the signature verified."""
-    from lora_hub.public import packaging
+    from lora_hub.public import publishing
 
-    pulled = packaging.pull(ref, registry, out)
+    pulled = publishing.pull(ref, registry, out)
     for note in pulled.notes:
         terminal.note(note)
     if as_json:

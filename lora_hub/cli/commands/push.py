@@ -23,9 +23,9 @@ def command(pkg: Path, registry: str | None, key: Path | None, as_json: bool) ->
     The first push into a namespace claims it for the signer's key. A published version
     never changes: pushing the same bytes again is fine, other bytes are refused.
     """
-    from lora_hub.public import packaging
+    from lora_hub.public import publishing
 
-    result = packaging.push(pkg, registry, key)
+    result = publishing.push(pkg, registry, key)
     if as_json:
         terminal.out_json(result)
         return

@@ -19,9 +19,9 @@ def command() -> None:
 )
 def init(folder: Path, name: str | None) -> None:
     """Make FOLDER a registry."""
-    from lora_hub.public import packaging
+    from lora_hub.public import publishing
 
-    registry = packaging.init_registry(folder, name=name or folder.resolve().name)
+    registry = publishing.init_registry(folder, name=name or folder.resolve().name)
     terminal.out(f"{folder} is the registry {registry.config.name!r}")
 
 

@@ -20,9 +20,9 @@ def command() -> None:
 @options.as_json
 def list_pins(as_json: bool) -> None:
     """Print every pinned namespace and its keys."""
-    from lora_hub.public import packaging
+    from lora_hub.public import trusting
 
-    pins = packaging.pins()
+    pins = trusting.pins()
     if as_json:
         terminal.out_json(pins)
         return
@@ -42,9 +42,9 @@ def list_pins(as_json: bool) -> None:
 @click.argument("keys", nargs=-1, required=True, type=options.PATH, metavar="KEY.pub…")
 def add(namespace: str, keys: tuple[Path, ...]) -> None:
     """Believe these public keys for NAMESPACE, before its first package is met."""
-    from lora_hub.public import packaging
+    from lora_hub.public import trusting
 
-    pin = packaging.trust(namespace, keys)
+    pin = trusting.believe(namespace, keys)
     terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")
 
 
@@ -52,9 +52,9 @@ def add(namespace: str, keys: tuple[Path, ...]) -> None:
 @click.argument("namespace")
 def remove(namespace: str) -> None:
     """Forget NAMESPACE: the next registry that is met pins it anew."""
-    from lora_hub.public import packaging
+    from lora_hub.public import trusting
 
-    packaging.forget(namespace)
+    trusting.forget(namespace)
     terminal.out(f"{namespace} is not pinned any more")
 
 
@@ -76,13 +76,13 @@ def rotate(
     With --key the change is published: clients that pinned the old key follow by
     themselves. Without, only this machine's pin moves.
     """
-    from lora_hub.public import packaging
+    from lora_hub.public import trusting
 
     if key is not None:
-        packaging.rotate(namespace, keys, key, registry=registry)
+        trusting.rotate(namespace, keys, key, registry=registry)
         terminal.out(f"{namespace}: the registry names the new keys")
     elif registry is not None:
         raise click.UsageError("--registry publishes the change and needs --key FILE")
-    if key is None or packaging.is_pinned(namespace):
-        pin = packaging.trust(namespace, keys, replace=True)
+    if key is None or trusting.is_pinned(namespace):
+        pin = trusting.believe(namespace, keys, replace=True)
         terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")

@@ -28,9 +28,9 @@ def command(
     Ranges and latest pass over it; who names it exactly still gets it, and is told why it
     was withdrawn. Nothing is deleted.
     """
-    from lora_hub.public import packaging
+    from lora_hub.public import publishing
 
-    changed = packaging.yank(
+    changed = publishing.yank(
         ref, reason, key or settings.default_key(), registry=registry, undo=undo
     )
     done = "is available again" if undo else "is withdrawn"
