@@ -33,6 +33,7 @@ slow: $(BASE)
 benchmarks: $(BASE)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merge_memory.py
+	$(BIN)/python benchmarks/validate.py
 
 $(BASE): examples/get_base.py | .venv/installed
 	$(BIN)/python examples/get_base.py build/base

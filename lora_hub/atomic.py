@@ -68,8 +68,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary = Path(
             tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent)
         )
-    _remove_stale(path.parent.glob(f"{TEMPORARY}{path.name}-*"), STALE_S)
     try:
+        with _errors(path):
+            # Not a glob: the name may hold any character.
+            siblings = [
+                sibling
+                for sibling in path.parent.iterdir()
+                if sibling.name.startswith(f"{TEMPORARY}{path.name}-")
+            ]
+        _remove_stale(siblings, STALE_S)
         yield temporary
         with _errors(path):
             temporary.chmod(0o755)
@@ -96,7 +103,8 @@ def _remove_stale(entries: Iterable[Path], older_than_s: float) -> int:
     count = 0
     horizon = time.time() - older_than_s
     for entry in entries:
-        with contextlib.suppress(FileNotFoundError):
+        # Somebody removed it meanwhile, or it is another user's.
+        with contextlib.suppress(OSError):
             if entry.lstat().st_mtime < horizon:
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry, ignore_errors=True)
@@ -144,8 +152,10 @@ def _errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if error.filename else path
         raise StoreError(
             f"cannot be written: {error.strerror or error}",
-            where=str(error.filename or path),
+            # The name the user knows, not the one only we know.
+            where=str(path if named.name.startswith(TEMPORARY) else named),
             hint="check free space and permissions; nothing was half written",
         ) from error

@@ -9,6 +9,7 @@ prints `where: problem` and then the hint, in one place (`cli/main.py`).
     │   ├─ DocumentError              a JSON document is malformed (where = pointer)
     │   ├─ TensorFileError            a safetensors file breaks the format
     │   ├─ FormatError                an adapter directory cannot be understood
+    │   ├─ LossyConversion            a dialect cannot say exactly what an adapter does
     │   ├─ ComposeError               adapters cannot be combined as asked
     │   └─ MissingExtra               an optional package is not installed
     ├─ FitError               3       adapter and base do not belong together
@@ -68,6 +69,25 @@ class TensorFileError(InputError):
 
 class FormatError(InputError):
     """An adapter directory holds something that cannot be applied exactly."""
+
+
+class LossyConversion(InputError):
+    """A dialect cannot say exactly what an adapter does.
+
+    Args:
+        losses: everything that could not be said, one sentence each.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        losses: tuple[str, ...],
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(problem, where=where, hint=hint)
+        self.losses = losses
 
 
 class ComposeError(InputError):

@@ -5,7 +5,7 @@
 
 Versions are the spellings that SemVer 2 and PEP 440 both accept and order alike:
 `1.2.0`, `1.2.0-rc.1`. Ranges are PEP 440 (`~=1.0`, `>=1,<2`). A text that starts with
-`.` or `/`, or that is an existing folder, is a path and no name: `is_path` decides.
+`.`, `/` or `~`, or that is an existing folder, is a path and no name: `is_path` decides.
 """
 
 import re
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 # Lower case, digits and hyphens only: no two names look alike or differ in case alone,
 # and each is a file name everywhere.
-_PART = r"[a-z0-9](?:[a-z0-9]|-(?!-)){0,61}[a-z0-9]"
-_NAME = re.compile(rf"({_PART})/({_PART})")
+PART_RULE = "2 to 63 lower-case letters, digits and single hyphens"
+_PART = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?!-)){0,61}[a-z0-9]")
 _VERSION = re.compile(
-    r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})"
-    r"(-(?:alpha|beta|rc)\.(?:0|[1-9]\d{0,8}))?"
+    r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})"
+    r"(-(?:alpha|beta|rc)\.(?:0|[1-9][0-9]{0,8}))?"
 )
 
+_MAX_RANGE = 200
+_LONG_NUMBER = re.compile(r"\d{10}")
+
 # Names of devices on Windows; a folder of this name cannot be made there.
-_RESERVED = frozenset(
+DEVICES = frozenset(
     {"con", "prn", "aux", "nul"}
     | {f"{device}{number}" for device in ("com", "lpt") for number in range(1, 10)}
 )
@@ -61,7 +64,12 @@ class Reference:
 
 def is_path(text: str) -> bool:
     """Return whether the text means a folder rather than a name in a registry."""
-    return text.startswith((".", "/", "~")) or Path(text).is_dir()
+    if text.startswith((".", "/", "~")):
+        return True
+    try:
+        return Path(text).is_dir()
+    except OSError:  # longer than a path may be, or not ours to look at
+        return False
 
 
 def parse(text: str) -> Reference:
@@ -86,7 +94,7 @@ def parse_weighted(text: str) -> tuple[str, float]:
     The `=` of a range (`ns/name@==1.2.0`) is not taken for a weight.
     """
     head, equals, tail = text.rpartition("=")
-    if not equals or not head or head[-1] in "=<>~!" or _is_version(tail):
+    if not equals or not head or head[-1] in "=<>~!" or is_version(tail):
         return text, 1.0
     try:
         weight = float(tail)
@@ -110,17 +118,36 @@ def parse_name(text: str) -> tuple[str, str]:
         ReferenceSyntaxError: not two parts of 2–63 lower-case letters, digits and
             single hyphens, or a part is a device name on Windows.
     """
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise _bad(
-            text,
-            "a name is namespace/name, each 2 to 63 lower-case letters, digits and "
-            "single hyphens",
-        )
-    for part in match.groups():
-        if part in _RESERVED:
+    namespace, _, name = text.partition("/")
+    if not (_PART.fullmatch(namespace) and _PART.fullmatch(name)):
+        raise _bad(text, f"a name is namespace/name, each {PART_RULE}")
+    for part in (namespace, name):
+        if part in DEVICES:
             raise _bad(text, f"{part!r} cannot be a folder name on Windows")
-    return match[1], match[2]
+    return namespace, name
+
+
+def check_namespace(text: str) -> None:
+    """Raise `ReferenceSyntaxError` unless the text can be a namespace."""
+    if not is_part(text):
+        raise ReferenceSyntaxError(
+            f"{_brief(text)} cannot be a namespace",
+            hint=f"a namespace is {PART_RULE}, and no name of a device on Windows",
+        )
+
+
+def is_part(text: str) -> bool:
+    """Return whether the text can be a namespace, or a name alone."""
+    return _PART.fullmatch(text) is not None and text not in DEVICES
+
+
+def is_name(text: str) -> bool:
+    """Return whether the text is `namespace/name`."""
+    return text.count("/") == 1 and all(map(is_part, text.split("/")))
+
+
+def is_version(text: str) -> bool:
+    return _VERSION.fullmatch(text) is not None
 
 
 def parse_version(text: str) -> "Version":
@@ -129,7 +156,7 @@ def parse_version(text: str) -> "Version":
 
     if _VERSION.fullmatch(text) is None:
         raise ReferenceSyntaxError(
-            f"{text!r} is no version",
+            f"{_brief(text)} is no version",
             hint="a version is 1.2.0, or 1.2.0-rc.1 before a release (alpha, beta, rc)",
         )
     return Version(text)
@@ -140,16 +167,19 @@ def parse_range(text: str) -> "SpecifierSet":
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     try:
+        # No version has numbers of more digits, and Python converts only so many.
+        if len(text) > _MAX_RANGE or _LONG_NUMBER.search(text):
+            raise InvalidSpecifier
         return SpecifierSet(text)
     except InvalidSpecifier as error:
         raise ReferenceSyntaxError(
-            f"{text!r} is neither a version, a range, 'latest' nor a sha256: digest",
+            f"{_brief(text)} is neither a version, a range, 'latest' nor a sha256: digest",
             hint="for example @1.2.0, @~=1.0 or @>=1,<2",
         ) from error
 
 
 def _check_selector(selector: str, text: str) -> None:
-    if selector == "latest" or _is_version(selector):
+    if selector == "latest" or is_version(selector):
         return
     if selector.startswith("sha256:"):
         try:
@@ -164,13 +194,13 @@ def _check_selector(selector: str, text: str) -> None:
     parse_range(selector)
 
 
-def _is_version(text: str) -> bool:
-    return _VERSION.fullmatch(text) is not None
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:197]}...")
 
 
 def _bad(text: str, problem: str) -> ReferenceSyntaxError:
     return ReferenceSyntaxError(
         problem,
-        where=repr(text),
+        where=_brief(text),
         hint="a reference is [registry:]namespace/name[@version], e.g. style/milton@~=1.0",
     )

@@ -10,6 +10,8 @@
     default = "team"
     [registries]
     team = "/srv/adapters"
+
+A folder there that is relative is relative to the file.
 """
 
 import os
@@ -59,7 +61,25 @@ def registry_location(named: str | None) -> str:
             "no registry was named",
             hint="give --registry FOLDER, or set LORAHUB_REGISTRY",
         )
-    return config.registries.get(given, given)
+    location = config.registries.get(given, given)
+    return str(expanded(location)) if location.startswith("~") else location
+
+
+def registry_names() -> tuple[str, ...]:
+    """Return the names that config.toml gives to registries, sorted."""
+    return tuple(sorted(_read_config().registries))
+
+
+def expanded(text: str) -> Path:
+    """Return the path, `~` and `~user` replaced.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError("no such user has a home folder here", where=text) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +94,32 @@ def _read_config() -> _Config:
         value: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return _Config(None, {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror or error}", where=str(path)
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot be read: {error}", where=str(path)) from error
     default, registries = value.get("default"), value.get("registries", {})
     if unknown := set(value) - {"default", "registries"}:
         raise InputError(f"unknown keys: {', '.join(sorted(unknown))}", where=str(path))
     if not isinstance(registries, dict) or not all(
-        isinstance(item, str) for item in (*registries.values(), default or "")
+        isinstance(item, str)
+        for item in (*registries.values(), "" if default is None else default)
     ):
         raise InputError("default and registries hold strings alone", where=str(path))
-    return _Config(default, registries)
+    return _Config(default, {name: _beside(path, at) for name, at in registries.items()})
+
+
+def _beside(config: Path, location: str) -> str:
+    """Return the location; a relative folder is one beside config.toml, from anywhere."""
+    return location if "://" in location else str(config.parent / expanded(location))
 
 
 def _folder(variable: str, kind: str) -> Path:
     given = os.environ.get(variable)
     if given:
-        return Path(given).expanduser()
+        return expanded(given)
     import platformdirs
 
     find = (

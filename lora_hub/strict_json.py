@@ -6,7 +6,9 @@ bytes, deep nesting and sizes beyond a limit are errors here.
 """
 
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +37,7 @@ def decode(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
             data.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
+            parse_float=_float,
         )
     except UnicodeDecodeError as error:
         raise DocumentError(
@@ -48,7 +51,9 @@ def decode(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
     except _Refused as error:
         raise DocumentError(str(error), where=where) from error
     except ValueError as error:  # an integer of more digits than Python converts
-        raise DocumentError(f"not JSON: {error}", where=where) from error
+        raise DocumentError(
+            "not JSON: a number has more than 4300 digits", where=where
+        ) from error
 
 
 def decode_object(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -64,11 +69,18 @@ def decode_object(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> dic
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Return the object in a file; the file is read to one byte past the limit at most."""
     try:
-        with path.open("rb") as stream:
+        with open(path, "rb", opener=_opener) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise DocumentError("is no regular file", where=str(path))
             data = stream.read(max_bytes + 1)
     except OSError as error:
         raise DocumentError(f"cannot be read: {error.strerror}", where=str(path)) from error
     return decode_object(data, where=str(path), max_bytes=max_bytes)
+
+
+def _opener(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class _Refused(Exception):
@@ -90,6 +102,13 @@ def _constant(text: str) -> NoReturn:
     raise _Refused(f"{text} is no JSON number")
 
 
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _Refused(f"the number {text[:40]} is beyond what a float holds")
+    return value
+
+
 def _refuse_lfs_pointer(data: bytes, where: str) -> None:
     if data.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DocumentError(
@@ -99,7 +118,9 @@ def _refuse_lfs_pointer(data: bytes, where: str) -> None:
         )
 
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# The closing quote is optional and nothing is tried twice: a text that never ends is read
+# once, and not once more from each quote in it.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[\]{}]")
 
 

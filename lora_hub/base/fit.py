@@ -321,7 +321,8 @@ def _hint(base: Base, view: BaseView) -> str:
     held = view.tensors.get(_tensor(base.targets[0].module), (recorded, ()))[0]
     if base.hints:
         hint = base.hints[0]
-        name = f"{hint.repo}@{hint.revision}" if hint.revision else hint.repo
+        revision = f"@{hint.revision}" if hint.revision else ""
+        name = f"{hint.hub}:{hint.repo}{revision}"
     else:
         name = f"the base of root {base.root}"
     wider = " or ".join(sorted(WIDER.get(recorded, ())))

@@ -237,6 +237,9 @@ def _vocab_size(tokenizer: Mapping[str, Any]) -> int | None:
 
 def _read(path: Path) -> bytes:
     try:
+        # A named pipe would wait for its writer.
+        if not path.is_file():
+            raise InputError("is no regular file", where=str(path))
         with path.open("rb") as stream:
             return stream.read(MAX_TOKENIZER_BYTES + 1)
     except OSError as error:

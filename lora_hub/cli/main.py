@@ -4,6 +4,7 @@ A command's file is imported when the command is used, so that `lorahub --versio
 little more than Python and click. All errors are printed here and nowhere else.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -35,12 +36,14 @@ COMMANDS = {
     "cache": "List, verify or prune pulled packages.",
     "registry": "Make or check a registry.",
     "compose": "Combine adapters into one.",
+    "convert": "Write an adapter in another dialect.",
     "merge": "Merge adapters into a checkpoint.",
     "run": "Generate text with a base and adapters.",
 }
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+UNREAD = 141  # 128 + SIGPIPE: what was found, nobody heard
 
 
 class Commands(click.Group):
@@ -87,6 +90,7 @@ def lorahub() -> None:
 
 def main() -> None:
     """Run the command line of this process and leave with its exit code."""
+    _open_closed_streams()
     # A cancelled job is stopped with SIGTERM: clean up as after ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
@@ -95,6 +99,15 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command line; return its exit code. Nothing is raised."""
     return guard(lambda: lorahub.main(args, "lorahub", standalone_mode=False))
+
+
+def _open_closed_streams() -> None:
+    """Open what was closed (`>&-`), so that no file we open is taken for it."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The lowest descriptor that is free, which is the one that was closed.
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 
 def guard(command: Callable[[], object]) -> int:
@@ -107,7 +120,8 @@ def guard(command: Callable[[], object]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # as in `_say`
+            error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted; nothing was half written")
@@ -115,10 +129,11 @@ def guard(command: Callable[[], object]) -> int:
     except LoraHubError as error:
         _say(str(error), hint=error.hint)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of anybody.
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output went away (`| head`), which click tells by SystemExit.
+        # No error of anybody, and no verdict: 0 and 1 would be one.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return UNREAD
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"{where}{(error.strerror or str(error)).lower()}")
@@ -134,9 +149,10 @@ def guard(command: Callable[[], object]) -> int:
 
 
 def _say(problem: str, hint: str | None = None) -> None:
-    print(clean(problem), file=sys.stderr)
-    if hint:
-        print(f"  hint: {clean(hint)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody listens: the exit code still tells
+        print(clean(problem), file=sys.stderr)
+        if hint:
+            print(f"  hint: {clean(hint)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

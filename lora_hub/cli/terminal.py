@@ -6,6 +6,7 @@ anyone may have written; an escape sequence in them could repaint the screen.
 
 import contextlib
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -46,7 +47,9 @@ def out_json(value: Any) -> None:
     """Print one JSON document; documents and dataclasses are taken as they are."""
     import msgspec
 
-    print(json.dumps(msgspec.to_builtins(value), ensure_ascii=True, indent=2))
+    # Paths are what msgspec does not know by itself.
+    plain = msgspec.to_builtins(value, enc_hook=os.fspath)
+    print(json.dumps(plain, ensure_ascii=True, indent=2))
 
 
 def size(size_bytes: int) -> str:

@@ -5,8 +5,8 @@
 and writing a config is the matter of `peft.py`.
 
 Source: PEFT 0.21.2, `tuners/lora/config.py`, `utils/other.py:get_pattern_key`,
-`tuners/tuners_utils.py:check_target_module_exists`. Limit: patterns are the author's
-regular expressions and run as they are, as in PEFT.
+`tuners/tuners_utils.py:check_target_module_exists`. The author's regular expressions are
+matched by `patterns.py`.
 """
 
 import re
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_hub.errors import FormatError
+from lora_hub.formats.patterns import Budget, Pattern
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -93,6 +94,8 @@ _REFUSED = {
     "use_dora": "DoRA: the base's weight is scaled too",
     "use_qalora": "QA-LoRA: inputs are pooled in groups",
 }
+
+_LAYERS_NAME = re.compile(r"\w+(\\?\.\w+)*")
 
 # Values of init_lora_weights that leave the base as it was. The others (pissa, olora,
 # corda, loftq, lora_ga) subtract from the base's weights: the adapter is right only on
@@ -217,12 +220,18 @@ def expand(
     where: str,
 ) -> dict[str, Any]:
     """Return name → the value of the first pattern that matches, else the plain value."""
+    budget = Budget()
     patterns = {
-        text: (_compile(rf"(.*\.)?({text})$", text, f"{where}#/{pattern}"), value)
+        text: (
+            Pattern(
+                rf"(.*\.)?({text})$", text=text, where=f"{where}#/{pattern}", budget=budget
+            ),
+            value,
+        )
         for text, value in (config.get(pattern) or {}).items()
     }
     for text, (expression, _) in patterns.items():
-        if not any(expression.match(name) for name in names):
+        if not any(expression.is_match(name) for name in names):
             raise FormatError(
                 f"the key {text!r} of {pattern} matches no module in the weights",
                 where=where,
@@ -231,7 +240,7 @@ def expand(
     plain = config.get(key, default)
     return {
         name: next(
-            (value for expression, value in patterns.values() if expression.match(name)),
+            (value for expression, value in patterns.values() if expression.is_match(name)),
             plain,
         )
         for name in names
@@ -248,23 +257,22 @@ def check_targets(config: Mapping[str, Any], keys: list[str], where: str) -> Non
     """
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        endings = {ending for key in keys for ending in _endings(key)}
-        for entry in targets:
-            if entry not in endings:
-                raise FormatError(
-                    f"target_modules lists {entry!r}, and the weights hold no such module",
-                    where=where,
-                    hint="the file may be incomplete, or belong to another config",
-                )
+        unmatched = dict.fromkeys(targets)
+        for key in keys:
+            for ending in _endings(key):
+                unmatched.pop(ending, None)
+        for entry in unmatched:
+            raise FormatError(
+                f"target_modules lists {entry!r}, and the weights hold no such module",
+                where=where,
+                hint="the file may be incomplete, or belong to another config",
+            )
     is_excluded = _matcher(config.get("exclude_modules") or [], f"{where}#/exclude_modules")
     is_any = targets is None or targets == "all-linear"
     is_listed = _matcher(".*" if is_any else targets, f"{where}#/target_modules")
+    is_in_layer = _layer_matcher(config, f"{where}#/layers_pattern")
     for key in keys:
-        if (
-            is_excluded(key)
-            or not is_listed(key)
-            or not _is_chosen_layer(config, key, where)
-        ):
+        if is_excluded(key) or not is_listed(key) or not is_in_layer(key):
             raise FormatError(
                 f"the weights hold {key}, which the config's target_modules, "
                 "exclude_modules or layers_to_transform leaves out: PEFT would drop it in "
@@ -275,40 +283,46 @@ def check_targets(config: Mapping[str, Any], keys: list[str], where: str) -> Non
 
 def _matcher(chosen: Any, where: str) -> Callable[[str], bool]:
     if isinstance(chosen, str):
-        expression = _compile(chosen, chosen, where)
-        return lambda key: expression.fullmatch(key) is not None
+        return Pattern(chosen, where=where, budget=Budget(), whole=True).is_match
     names = set(chosen)
     return lambda key: not names.isdisjoint(_endings(key))
 
 
 def _endings(key: str) -> list[str]:
     """Return the names by which a list can mean a module: whole dotted parts at its end."""
-    parts = key.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    starts = [0, *(index + 1 for index, character in enumerate(key) if character == ".")]
+    return [key[start:] for start in starts]
 
 
-def _is_chosen_layer(config: Mapping[str, Any], key: str, where: str) -> bool:
+def _layer_matcher(config: Mapping[str, Any], where: str) -> Callable[[str], bool]:
     layers = config.get("layers_to_transform")
     targets = config.get("target_modules")
-    if layers is None or layers == [] or not isinstance(targets, list) or key in targets:
-        return True  # a module listed by its whole path is meant, whatever its layer
+    if layers is None or layers == [] or not isinstance(targets, list):
+        return lambda key: True
     patterns = config.get("layers_pattern") or []
     texts = [patterns] if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\." for text in texts]
-    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-        match = _compile(expression, expression, f"{where}#/layers_pattern").match(key)
-        if match:
-            return int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)
-    return False
+    for text in texts:
+        # Which of several numbers an expression finds first, only `re` can tell.
+        if not _LAYERS_NAME.fullmatch(text):
+            raise FormatError(
+                f"{_short(text)} is no plain name, others are not read yet", where=where
+            )
+    expressions = [re.compile(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.") for text in texts] or [
+        re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+    ]
+    chosen = {layers} if isinstance(layers, int) else set(layers)
+    whole = set(targets)
 
+    def is_chosen(key: str) -> bool:
+        if key in whole:
+            return True  # a module listed by its whole path is meant, whatever its layer
+        for expression in expressions:
+            match = expression.match(key)
+            if match:
+                return int(match["idx"]) in chosen
+        return False
 
-def _compile(expression: str, text: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise FormatError(
-            f"{text!r} is no regular expression: {error}", where=where
-        ) from error
+    return is_chosen
 
 
 def _short(value: Any) -> str:

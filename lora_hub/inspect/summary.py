@@ -1,7 +1,6 @@
 """What an adapter is, in numbers: ranks, sizes, and how far it moves each weight.
 
-Norms are computed from r x r matrices: ‖s·B·A‖² = s² · sum((BᵀB) ∘ (AAᵀ)), so the dense
-delta is never formed. In float64.
+Norms are those of `factors.py`: the dense delta is never formed.
 """
 
 import math
@@ -9,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_hub.formats.source import AdapterSource, UpdateSource
+from lora_hub.inspect.factors import Figures, figures_of
 from lora_hub.manifest.document import Manifest
 from lora_hub.scaling import ScalingRule
-from lora_hub.tensors import arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Summary:
 
 def summarize(source: AdapterSource, manifest: Manifest | None = None) -> Summary:
     """Return the summary of an adapter; reads every factor once."""
-    modules = tuple(_module(source, update) for update in source.updates)
+    modules = tuple(map(_module, source.updates, figures_of(source)))
     hints = manifest.base.hints if manifest else ()
     return Summary(
         name=manifest.name if manifest else None,
@@ -78,7 +77,7 @@ def summarize(source: AdapterSource, manifest: Manifest | None = None) -> Summar
     )
 
 
-def _module(source: AdapterSource, update: UpdateSource) -> ModuleSummary:
+def _module(update: UpdateSource, figures: Figures) -> ModuleSummary:
     return ModuleSummary(
         module=update.target,
         rank=update.rank,
@@ -87,23 +86,8 @@ def _module(source: AdapterSource, update: UpdateSource) -> ModuleSummary:
         dtype=update.a.dtype,
         shape=(update.b.shape[0], update.a.shape[1]),
         parameters=update.a.elements + update.b.elements,
-        frobenius=_frobenius(source, update),
+        frobenius=figures.frobenius,
     )
-
-
-def _frobenius(source: AdapterSource, update: UpdateSource) -> float | None:
-    import numpy as np
-
-    a, b = (
-        arrays.floats(source.tensors.read(info.name), info.dtype, info.shape).astype("f8")
-        for info in (update.a, update.b)
-    )
-    with np.errstate(invalid="ignore", over="ignore"):
-        squared = float(((b.T @ b) * (a @ a.T)).sum())
-    if not math.isfinite(squared):
-        return None
-    # Rounding may leave a tiny negative number where the delta is zero.
-    return abs(update.scaling) * math.sqrt(max(squared, 0.0))
 
 
 def _together(norms: Sequence[float | None]) -> float | None:

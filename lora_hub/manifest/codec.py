@@ -5,6 +5,7 @@ refused by name; fields this version does not know are kept in the bytes (which 
 written anew) and reported by `unknown_fields`.
 """
 
+import functools
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -37,7 +38,7 @@ def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
     """
     value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
     check_version(value, where)
-    if canonical.encode(value) != data:
+    if canonical.encode(value, where=where) != data:
         raise DocumentError(
             "the manifest is not in canonical form (RFC 8785)",
             where=where,
@@ -61,27 +62,41 @@ def typed(value: Any, kind: type[T], *, where: str) -> T:
         ) from error
 
 
-def unknown_fields(value: Any, of: Any = Manifest, at: str = "") -> tuple[str, ...]:
+def unknown_fields(
+    value: Any, of: type[Document] = Manifest, at: str = ""
+) -> tuple[str, ...]:
     """Return the JSON pointers of fields that this version of the manifest does not have.
 
     `x-…` at the top and everything under `ext` belong to tools and are left out.
     """
     found: list[str] = []
-    if isinstance(of, type) and issubclass(of, Document):
-        known = {field.encode_name: field.type for field in msgspec.structs.fields(of)}
-        for key, item in value.items() if isinstance(value, dict) else ():
-            if key in known:
-                found += unknown_fields(item, known[key], f"{at}/{key}")
-            elif at or not key.startswith("x-"):
+    known = _documents_in_fields(of)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key not in known:
+            if at or not key.startswith("x-"):
                 found.append(f"{at}/{key}")
-    else:
-        for inner in get_args(of):
-            if isinstance(value, (list, tuple)):
-                for index, item in enumerate(value):
-                    found += unknown_fields(item, inner, f"{at}/{index}")
+            continue
+        for kind in known[key]:
+            if isinstance(item, (list, tuple)):
+                for index, one in enumerate(item):
+                    found += unknown_fields(one, kind, f"{at}/{key}/{index}")
             else:
-                found += unknown_fields(value, inner, at)
+                found += unknown_fields(item, kind, f"{at}/{key}")
     return tuple(found)
+
+
+@functools.cache
+def _documents_in_fields(of: type[Document]) -> dict[str, tuple[type[Document], ...]]:
+    """Return field → the documents that its value is, or is a list of."""
+
+    def documents(kind: Any) -> tuple[type[Document], ...]:
+        if isinstance(kind, type) and issubclass(kind, Document):
+            return (kind,)
+        return tuple(found for inner in get_args(kind) for found in documents(inner))
+
+    return {
+        field.encode_name: documents(field.type) for field in msgspec.structs.fields(of)
+    }
 
 
 def is_newer(manifest: Manifest) -> bool:

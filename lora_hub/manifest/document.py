@@ -42,7 +42,8 @@ FullName = Annotated[
 Version = Annotated[
     str,
     spelt(
-        r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}(-(alpha|beta|rc)\.(0|[1-9][0-9]*))?",
+        r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}"
+        r"(-(alpha|beta|rc)\.(0|[1-9][0-9]{0,8}))?",
         "what SemVer 2 and PEP 440 both accept: 1.2.0 or 1.2.0-rc.1",
     ),
 ]
@@ -50,8 +51,10 @@ Timestamp = Annotated[
     str,
     spelt("[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z", "RFC 3339, UTC"),
 ]
-Line = Annotated[str, Meta(max_length=300, description="one line of text")]
-NonEmpty = Annotated[str, Meta(min_length=1, max_length=500)]
+# A line break in a text of strangers could show a line that nobody printed.
+_ONE_LINE = spelt(r"[^\x00-\x1f\x7f]*", "one line of text")
+Line = Annotated[str, Meta(max_length=300), _ONE_LINE]
+NonEmpty = Annotated[str, Meta(min_length=1, max_length=500), _ONE_LINE]
 Count = Annotated[int, Meta(ge=0)]
 Rank = Annotated[int, Meta(ge=1)]
 Shape = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=8)]
@@ -286,7 +289,7 @@ class File(Document, frozen=True, kw_only=True):
 class Manifest(Document, frozen=True, kw_only=True):
     """The whole of `lorahub.json`."""
 
-    manifest_version: Annotated[str, spelt(r"[0-9]+\.[0-9]+")]
+    manifest_version: Annotated[str, spelt(r"[0-9]{1,4}\.[0-9]{1,4}")]
     name: FullName
     version: Version
     kind: Literal["lora", "rslora"]  # D

@@ -18,7 +18,7 @@ def manifest_schema() -> dict[str, Any]:
     schema = msgspec.json.schema(Manifest)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "https://lora-hub.org/schemas/manifest-v1.json",
+        "$id": "urn:lorahub:schema:manifest:1",
         "title": "lora_hub manifest, version 1",
         **schema,
     }

@@ -37,20 +37,26 @@ _LEFT_OUT_NAMES = frozenset({"README.md", "adapter_config.json", PROVENANCE_NAME
 
 
 def other_files(base: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the other files to copy, and of those that are left out."""
+    """Return the names of the other files to copy, and of what is left out: those below,
+    folders, and links that lead nowhere.
+    """
     shards = {shard.path.name for shard in base.shards}
     try:
-        names = sorted(path.name for path in base.folder.iterdir() if path.is_file())
+        entries = sorted(base.folder.iterdir())
+        found = {path.name: path.is_file() for path in entries}
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=base.where) from error
     copied: list[str] = []
     left_out: list[str] = []
-    for name in names:
+    for name, is_file in found.items():
         if name.startswith(".") or name in shards:
             continue
         is_index = name == INDEX_NAME and SINGLE_NAME not in shards
         is_left_out = name in _LEFT_OUT_NAMES or name.endswith(_LEFT_OUT_SUFFIXES)
-        (left_out if is_left_out and not is_index else copied).append(name)
+        if is_file and (is_index or not is_left_out):
+            copied.append(name)
+        else:
+            left_out.append(name)
     return tuple(copied), tuple(left_out)
 
 

@@ -1,1 +1,1 @@
-"""The directory we publish: what may lie in it, making one, and reading one back."""
+"""The folder we publish: what may lie in it, making one, and reading one back."""

@@ -1,4 +1,4 @@
-"""The bytes of a package's files, from the author's directory and what was read there.
+"""The bytes of a package's files, from the author's folder and what was read there.
 
 Tensors are copied byte for byte in the order of their names; the config is written anew
 with what PEFT needs and nothing else; of the author's other files only those with a role
@@ -8,7 +8,8 @@ come along. The manifest over them is the matter of `pack.py`.
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_hub import canonical
+from lora_hub import canonical, strict_json
+from lora_hub.base.folder import TOKENIZER_CONFIG_NAME
 from lora_hub.errors import FormatError, InputError
 from lora_hub.formats import peft
 from lora_hub.formats.detect import PICKLES
@@ -53,8 +54,23 @@ def copied(src: Path, base: Path, names: Iterable[str]) -> dict[str, Chunks]:
         if role in ("license", "tokenizer"):
             data = _read(src / name)
             if role == "license" or not _is_same(data, base / name):
+                _refuse_code(name, data, src)
                 files[name] = (data,)
     return files
+
+
+def _refuse_code(name: str, data: bytes, src: Path) -> None:
+    if name != TOKENIZER_CONFIG_NAME:
+        return
+    where = str(src / name)
+    config = strict_json.decode_object(data, where=where, max_bytes=len(data))
+    if config.get("auto_map"):
+        raise FormatError(
+            "auto_map names Python code that loaders are to run: it never travels in a "
+            "package",
+            where=where,
+            hint="remove the key, or the file if the base's own tokenizer serves",
+        )
 
 
 def _is_same(data: bytes, path: Path) -> bool:
@@ -94,7 +110,7 @@ def refuse_pickles(names: Iterable[str], src: Path) -> None:
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if pickles:
         raise FormatError(
-            f"the directory holds {', '.join(map(repr, pickles))}: pickles can run code "
+            f"the folder holds {', '.join(map(repr, pickles))}: pickles can run code "
             "and never travel in a package",
             where=str(src),
             hint="remove them; only adapter_model.safetensors is needed",

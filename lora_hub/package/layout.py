@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
+from lora_hub import refs
 from lora_hub.errors import FormatError, InputError, IntegrityError
 from lora_hub.formats.peft import WEIGHTS_NAME
 from lora_hub.formats.peft_config import CONFIG_NAME
@@ -52,14 +53,12 @@ _MAX_BYTES: dict[Role, int] = {
     "tokenizer": 64 << 20,
 }
 
+LARGEST_BYTES = max(_MAX_BYTES.values())
+
 # Ours, with no role: nothing in files[] speaks of them.
 _OWN_MAX_BYTES = {MANIFEST_NAME: MAX_MANIFEST_BYTES, SIGNATURE_NAME: MAX_BUNDLE_BYTES}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
-_DEVICES = frozenset(
-    {"con", "prn", "aux", "nul"}
-    | {f"{device}{number}" for device in ("com", "lpt") for number in range(1, 10)}
-)
 
 
 def role_of(name: str) -> Role | None:
@@ -93,7 +92,7 @@ def check_names(names: Collection[str], *, where: str) -> None:
                 where=where,
                 hint="letters, digits, dots, hyphens and underscores; no folders",
             )
-        if name.partition(".")[0].lower() in _DEVICES:
+        if name.partition(".")[0].lower() in refs.DEVICES:
             raise FormatError(f"{name!r} is a device on Windows", where=where)
         other = folded.setdefault(name.lower(), name)
         if other != name:

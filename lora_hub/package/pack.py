@@ -1,4 +1,4 @@
-"""A directory as PEFT saves it, and the base it was made for → a package.
+"""A folder as PEFT saves it, and the base it was made for → a package.
 
 `plan_package` decides everything: the manifest and the bytes of every file. `write_package`
 puts them into a folder that is there whole or not. The same input gives the same bytes:
@@ -20,6 +20,7 @@ from lora_hub.base.fit import check_structure
 from lora_hub.base.folder import FolderBase, describe
 from lora_hub.errors import InputError
 from lora_hub.formats.detect import open_adapter
+from lora_hub.formats.dialect import ReadOptions
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest import codec
 from lora_hub.manifest.document import (
@@ -52,7 +53,7 @@ EXTRA_FIELDS = frozenset(
     }
 )
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -108,10 +109,10 @@ def plan_package(
     created: str | None = None,
     digest_cache: Path | None = None,
 ) -> PackPlan:
-    """Return the package that a directory makes, without writing anything.
+    """Return the package that a folder makes, without writing anything.
 
     Args:
-        src: an adapter's directory in a dialect of `formats/detect.py`.
+        src: an adapter's folder in a dialect of `formats/detect.py`.
         name: namespace/name.
         version: `refs.parse_version`.
         base: the checkpoint folder of the base the adapter was trained on.
@@ -139,7 +140,7 @@ def plan_package(
     for expression in filter(None, (license, base_license)):
         spdx.check_license(expression)
     _check_extra(extra or {})
-    source = open_adapter(src)
+    source = open_adapter(src, ReadOptions(base=base))
     names = sorted(entry.name for entry in src.iterdir())
     contents.refuse_pickles(names, src)
     hints = tuple(hints) or _hints_of(source)
@@ -265,7 +266,7 @@ def _check_license_text(expression: str, files: Iterable[str], src: Path) -> Non
         raise InputError(
             f"{own[0]} is a licence of the author's own, and its text is missing",
             where=str(src),
-            hint="put the text into the directory as LICENSE",
+            hint="put the text into the folder as LICENSE",
         )
 
 
@@ -298,4 +299,11 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
         raise InputError(
             f"{unknown[0]!r} cannot be stated here",
             hint=f"further fields are {', '.join(sorted(EXTRA_FIELDS))}",
+        )
+    training = extra.get("training")
+    if isinstance(training, Mapping) and training.get("attested"):
+        raise InputError(
+            "attested is true, and no provenance travels with the package",
+            where="training",
+            hint="leave it out: what an author states is a claim",
         )

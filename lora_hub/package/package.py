@@ -1,4 +1,4 @@
-"""`Package`: a published directory, read with suspicion.
+"""`Package`: a published folder, read with suspicion.
 
 Opening reads the manifest alone. Every other file goes through `read_checked`, so the
 bytes that are used are the bytes whose digest was compared. Who signed them is the matter
@@ -95,6 +95,8 @@ def open_package(folder: Path) -> Package:
             broken and no longer the one that was signed.
         InputError: the folder cannot be read.
     """
+    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
+        raise _no_package(str(folder))
     names = layout.list_files(folder)
     return read_package(layout.reader(folder), names, where=str(folder))
 
@@ -104,11 +106,7 @@ def read_package(
 ) -> Package:
     """Return the package whose files `read` gives by name; errors as `open_package`."""
     if MANIFEST_NAME not in names:
-        raise FormatError(
-            f"there is no {MANIFEST_NAME}: this is no package",
-            where=where,
-            hint="make one with `lorahub pack`",
-        )
+        raise _no_package(where)
     data = read(MANIFEST_NAME)
     try:
         manifest = codec.decode(data, where=f"{where}/{MANIFEST_NAME}")
@@ -128,6 +126,14 @@ def read_package(
         names=tuple(sorted(names)),
         read=read,
         where=where,
+    )
+
+
+def _no_package(where: str) -> FormatError:
+    return FormatError(
+        f"there is no {MANIFEST_NAME}: this is no package",
+        where=where,
+        hint="make one with `lorahub pack`",
     )
 
 

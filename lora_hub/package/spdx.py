@@ -1,11 +1,12 @@
 """The form of a licence: an SPDX expression.
 
-Checks how the expression is written, not that its identifiers are on SPDX's list, which
-grows every month.
+Checks how the expression is written; that its identifiers are on SPDX's list, which grows
+every month, is asked apart (`unlisted`).
 Source: https://spdx.github.io/spdx-spec/v3.0.1/annexes/spdx-license-expressions/.
 """
 
 import re
+from itertools import accumulate
 
 from lora_hub.errors import InputError
 
@@ -14,6 +15,8 @@ _LICENSE = re.compile(
     r"(?:DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+|[A-Za-z0-9.-]+\+?"
 )
 _EXCEPTION = re.compile(r"[A-Za-z0-9.-]+")
+_MAX_CHARACTERS = 500  # as the manifest has it
+_MAX_DEPTH = 20
 _OPERATORS = ("AND", "OR", "WITH")
 
 # Words that people write where a licence is meant and that SPDX has no identifier for.
@@ -22,7 +25,13 @@ _NO_LICENSES = frozenset({"other", "unknown", "none", "noassertion", "proprietar
 
 def check_license(text: str) -> None:
     """Raise `InputError` unless the text is an SPDX expression by its form."""
+    if len(text) > _MAX_CHARACTERS:
+        raise _bad(
+            text, f"it has {len(text)} characters, expected {_MAX_CHARACTERS} at most"
+        )
     tokens = _TOKEN.findall(text)
+    if _depth(tokens) > _MAX_DEPTH:
+        raise _bad(text, "its parentheses nest too deep")
     try:
         if _expression(tokens, text) or not text.strip():
             raise _bad(text, "it goes on where it should end")
@@ -38,6 +47,29 @@ def identifiers(text: str) -> tuple[str, ...]:
         for before, token in zip(["", *tokens], tokens, strict=False)
         if token not in ("(", ")", *_OPERATORS) and before != "WITH"
     )
+
+
+def unlisted(text: str) -> tuple[str, ...]:
+    """Return the licences of a checked expression that are not on SPDX's list.
+
+    The list is that of the installed `packaging`. A licence of the author's own
+    (`LicenseRef-…`) has no place on it.
+    """
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    found = []
+    for name in identifiers(text):
+        try:
+            if "LicenseRef-" not in name:
+                canonicalize_license_expression(name)
+        except InvalidLicenseExpression:
+            found.append(name)
+    return tuple(found)
+
+
+def _depth(tokens: list[str]) -> int:
+    steps = {"(": 1, ")": -1}
+    return max(accumulate(steps.get(token, 0) for token in tokens), default=0)
 
 
 def _expression(tokens: list[str], text: str) -> list[str]:
@@ -67,8 +99,9 @@ def _term(tokens: list[str], text: str) -> list[str]:
 
 
 def _bad(text: str, problem: str) -> InputError:
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
     return InputError(
-        f"the licence {text!r} is no SPDX expression: {problem}",
+        f"the licence {shown!r} is no SPDX expression: {problem}",
         hint="for example Apache-2.0, MIT OR Apache-2.0, or LicenseRef-Name with a LICENSE "
         "file; the list is at spdx.org/licenses",
     )

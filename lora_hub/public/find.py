@@ -1,9 +1,10 @@
 """From what a user types to an adapter's bytes: one road, for the shell and for Python.
 
 A name goes through the registry: resolved, fetched into the cache, its signature verified
-with the keys trusted for its namespace, and read into memory once; the bytes that were
-checked are the bytes that are used. A path is the user's own: a package there must be what
-its manifest says, no signature is asked, and the notes say so.
+with the keys trusted for its namespace. What is used is then read into memory and compared
+with the signed digests there, so the bytes that were checked are the bytes that are used. A
+path is the user's own: a package there must be what its manifest says, no signature is
+asked, and the notes say so.
 """
 
 import os
@@ -52,7 +53,7 @@ def find(what: PathLike, registry: PathLike | None = None) -> Found:
     """
     text = os.fspath(what)
     if not isinstance(what, str) or refs.is_path(text):
-        return _in_folder(Path(text).expanduser())
+        return _in_folder(settings.expanded(text))
     from lora_hub.package.package import load_source
 
     fetched = fetch(text, registry)
@@ -80,7 +81,7 @@ def open_registry(registry: PathLike | None = None) -> "Registry":
 
 
 def _in_folder(folder: Path) -> Found:
-    if not (folder / MANIFEST_NAME).exists():
+    if not os.path.exists(folder / MANIFEST_NAME):  # false, too, where we may not look
         from lora_hub.formats.detect import open_adapter
 
         return Found(open_adapter(folder))

@@ -30,17 +30,17 @@ def keygen(out: PathLike) -> KeyPair:
     from lora_hub.signing import keys
 
     private = Path(out)
-    public = private.with_name(private.name + ".pub")
+    public = Path(f"{private}.pub")
     pem = keys.generate()
     key = keys.private_key(pem)
     for path, data, mode in (
         (public, keys.public_pem(key), 0o644),
         (private, pem, 0o600),
     ):
-        if private.exists() or not atomic.write_new(path, [data], mode=mode):
+        if os.path.exists(private) or not atomic.write_new(path, [data], mode=mode):
             raise StoreError(
                 "exists already, and a key is never overwritten",
-                where=str(private if private.exists() else path),
+                where=str(private if os.path.exists(private) else path),
                 hint="name another file with --out",
             )
     return KeyPair(private, public, keys.fingerprint(key))

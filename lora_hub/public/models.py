@@ -151,7 +151,7 @@ def _planned(
             for text in found.notes:
                 note(text)
             parts.append(
-                Part(found.source, weight, found.name, found.version, found.digest)
+                Part(found.source, float(weight), found.name, found.version, found.digest)
             )
         yield view, parts, plan_merge(view.checkpoint, parts, dtype=dtype, base_root=root)
 

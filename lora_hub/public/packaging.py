@@ -6,6 +6,7 @@ Each function is what one command does; `cli/` prints what these return.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lora_hub.manifest.document import BaseHint
     from lora_hub.package.pack import PackPlan
     from lora_hub.package.package import Package
-    from lora_hub.validation.findings import Finding
+    from lora_hub.validation.findings import Checked, Finding
 
 PathLike = str | os.PathLike[str]
 
@@ -175,16 +176,55 @@ def verify(package: PathLike, key: PathLike | None = None) -> Signed:
     return Signed(opened.digest, signer.fingerprint, digests_of(opened))
 
 
-def validate(*paths: PathLike) -> "tuple[Finding, ...]":
+def validate(*paths: PathLike, waivers: PathLike | None = None) -> "tuple[Finding, ...]":
     """Return what is wrong with packages, adapter folders and registries; nothing is raised
     for what is found.
 
-    Raises:
-        InputError: a path does not exist.
-    """
-    from lora_hub.validation.run import validate as run
+    Args:
+        paths: each one of these, a folder of them, or a file in one.
+        waivers: see `check`.
 
-    return tuple(finding for path in paths for finding in run(Path(path)))
+    Raises:
+        InputError: a path does not exist, or the waivers cannot be read.
+    """
+    return tuple(one for each in check(*paths, waivers=waivers) for one in each.findings)
+
+
+def check(
+    *paths: PathLike, waivers: PathLike | None = None, processes: int = 1
+) -> "tuple[Checked, ...]":
+    """Return what `validate` does, for each thing that was checked; the waivers' own
+    findings come last.
+
+    Args:
+        paths: see `validate`.
+        waivers: a file as `validation/waivers.py` describes it; without it, the files
+            `lorahub-waivers.toml` in the folders that hold the paths and what was checked.
+        processes: how many share the work; see `validation/run.py`.
+    """
+    from lora_hub.validation.run import check_all
+    from lora_hub.validation.waivers import apply, beside, read_waivers
+
+    given = [Path(path) for path in paths]
+    checked = check_all(given, processes=processes)
+    subjects = [Path(each.subject) for each in checked]
+    files = beside([*given, *subjects]) if waivers is None else (Path(waivers),)
+    decisions = [waiver for file in files for waiver in read_waivers(file)]
+    return apply(checked, decisions, today=datetime.now(UTC).date())
+
+
+def fix(*paths: PathLike) -> tuple[str, ...]:
+    """Mend what can be mended mechanically in bare adapter folders at and below the paths;
+    return what was changed, in words. Packages and registries are never touched.
+
+    Raises:
+        StoreError: a file cannot be written; it is then as it was.
+    """
+    from lora_hub.validation.fix import fix_folder
+    from lora_hub.validation.run import subjects
+
+    folders = subjects([Path(path) for path in paths])
+    return tuple(change for folder in folders for change in fix_folder(folder))
 
 
 def _hint(text: str) -> "BaseHint":

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,10 @@ class Cache:
             TrustError: others may write to the cache.
         """
         place = self._place(package)
-        if not place.is_dir():
-            return None
-        self._check_private()
+        with _errors("read", self.folder):
+            if not place.is_dir():
+                return None
+            self._check_private()
         with contextlib.suppress(OSError):
             os.utime(place)  # when it was last used, for `prune`
         return place
@@ -85,10 +86,13 @@ class Cache:
     def list(self) -> tuple[Cached, ...]:
         """Return what is kept, in order of digests."""
         found = []
-        for place in sorted(self.folder.glob("*")):
-            package = f"sha256:{place.name}"
-            if digest.is_digest(package) and place.is_dir():
-                found.append(Cached(package, place, _size(place)))
+        with _errors("read", self.folder):
+            for place in sorted(self.folder.glob("*")):
+                package = f"sha256:{place.name}"
+                if digest.is_digest(package) and place.is_dir():
+                    # Another process may prune it meanwhile.
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append(Cached(package, place, _size(place)))
         return tuple(found)
 
     def verify(self) -> tuple[Problem, ...]:
@@ -107,11 +111,13 @@ class Cache:
             problems: list[Problem] = []
             with noted(problems, str(cached.folder)):
                 _verify(cached)
-            if problems or cached.folder.stat().st_mtime <= horizon:
-                self._remove(cached.folder)
-                removed = Pruned(
-                    removed.packages + 1, removed.size_bytes + cached.size_bytes
-                )
+            # Another process may prune the same package.
+            with _errors("removed", cached.folder), contextlib.suppress(FileNotFoundError):
+                if problems or cached.folder.stat().st_mtime <= horizon:
+                    self._remove(cached.folder)
+                    removed = Pruned(
+                        removed.packages + 1, removed.size_bytes + cached.size_bytes
+                    )
         if self.folder.is_dir():
             atomic.sweep(self.folder)
         return removed
@@ -120,11 +126,9 @@ class Cache:
         return self.folder / digest.hex_of(package)
 
     def _make(self) -> None:
-        try:
+        with _errors("written", self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot(self.folder, error) from error
-        self._check_private()
+            self._check_private()
 
     def _check_private(self) -> None:
         # Whoever may write here could exchange a file between its check and its use.
@@ -138,12 +142,11 @@ class Cache:
 
     def _remove(self, place: Path) -> None:
         # Out of sight in one step; who has a file open keeps it.
+        grave = tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=self.folder)
         try:
-            grave = tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=self.folder)
             place.rename(Path(grave, place.name))
-        except OSError as error:
-            raise _cannot(place, error) from error
-        shutil.rmtree(grave, ignore_errors=True)
+        finally:
+            shutil.rmtree(grave, ignore_errors=True)
 
 
 def _verify(cached: Cached) -> None:
@@ -158,20 +161,22 @@ def _verify(cached: Cached) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
+    with _errors("written", path):
         path.write_bytes(data)
         path.chmod(0o444)
-    except OSError as error:
-        raise _cannot(path, error) from error
 
 
 def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.iterdir())
 
 
-def _cannot(path: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"cannot be written: {error.strerror or error}",
-        where=str(error.filename or path),
-        hint="check free space and permissions, or set LORAHUB_CACHE to another folder",
-    )
+@contextlib.contextmanager
+def _errors(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot be {verb}: {error.strerror or error}",
+            where=str(error.filename or path),
+            hint="check free space and permissions, or set LORAHUB_CACHE to another folder",
+        ) from error

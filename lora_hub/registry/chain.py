@@ -6,6 +6,7 @@ What the events mean is left to `registry.py`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,11 @@ from lora_hub.errors import DocumentError, IntegrityError, NotFoundError, StoreE
 from lora_hub.registry import documents
 from lora_hub.registry.stores.protocol import Store
 
-_NUMBERED = re.compile(r"(\d{6,9})\.json")
+_NUMBERED = re.compile(r"[0-9]{6,9}\.json")
 
-# Each failed attempt means that another writer succeeded, so this is met only where a
-# store says "exists" of a file it does not list.
-_ATTEMPTS = 10_000
+# At one number. A failed attempt means that another writer took it, and the next reading
+# shows that: more are needed only where a listing is late.
+_ATTEMPTS = 20
 
 _HINT = "run `lorahub registry check`; the registry's owner has to restore the file"
 
@@ -44,6 +45,15 @@ class Link:
 
 def path_of(folder: str, seq: int) -> str:
     return f"{folder}/{seq:06d}.json"
+
+
+def seq_of(name: str) -> int | None:
+    """Return the number of an event's file, None where the name is no event's."""
+    if _NUMBERED.fullmatch(name):
+        seq = int(name.removesuffix(".json"))
+        if path_of("", seq) == f"/{name}":  # one number has one name
+            return seq
+    return None
 
 
 def read(store: Store, folder: str, kind: Any) -> tuple[Recorded, ...]:
@@ -86,30 +96,36 @@ def append(
 
     `build` is asked again when another writer took the number, and may then answer None:
     nothing to add.
+
+    Raises:
+        StoreError: something lies in the event's place that is no event.
     """
-    for _ in range(_ATTEMPTS):
+    attempts = Counter[int]()
+    while True:
         chain = read(store, folder, kind)
         seq, prev = _follows(chain)
+        attempts[seq] += 1
+        if attempts[seq] > _ATTEMPTS:
+            raise StoreError(
+                "this is in the way of the next event",
+                where=f"{store.where}/{path_of(folder, seq)}",
+                hint="it is no file, or is listed by nobody; remove it",
+            )
         event = build(chain, Link(seq, prev))
         if event is None:
             return None
         data = documents.encode(event)
         if store.write(path_of(folder, seq), [data], if_absent=True):
             return event
-    raise StoreError(
-        f"no event could be added in {_ATTEMPTS} attempts", where=f"{store.where}/{folder}"
-    )
 
 
 def _last(store: Store, folder: str) -> int:
     # Of a listing made while others write only the highest number counts: an event is
     # created when all before it exist, but a listing may have passed their places already.
-    numbers = (
-        int(match[1])
-        for path in store.list(folder)
-        if (match := _NUMBERED.fullmatch(path.removeprefix(f"{folder}/")))
+    return max(
+        (seq_of(path.removeprefix(f"{folder}/")) or 0 for path in store.list(folder)),
+        default=0,
     )
-    return max(numbers, default=0)
 
 
 def _follows(chain: Sequence[Recorded]) -> tuple[int, str | None]:

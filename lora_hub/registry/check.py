@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterator
 
-from lora_hub import digest
+from lora_hub import digest, refs
 from lora_hub.errors import IntegrityError, TrustError
-from lora_hub.registry.chain import Link
+from lora_hub.package.layout import LARGEST_BYTES
+from lora_hub.registry.chain import Link, seq_of
 from lora_hub.registry.documents import PublishEvent
 from lora_hub.registry.fetch import open_published
 from lora_hub.registry.problem import Problem, noted
 from lora_hub.registry.publish import describe
-from lora_hub.registry.registry import CONFIG, Registry, blob_path, is_name
+from lora_hub.registry.registry import CONFIG, Registry, blob_path
 from lora_hub.registry.resolve import Resolved
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing.statement import SIGNATURE_NAME
@@ -20,8 +21,8 @@ _HINT = "restore the file from where the registry came from"
 # What may lie in a registry beside its own files: a page for people, and what git keeps.
 _BESIDE = re.compile(r"README\.md|LICENSE|\..+")
 _KNOWN = re.compile(
-    r"index/(?P<name>[^/]+/[^/]+)/\d{6,9}\.json"
-    r"|keys/(?P<namespace>[^/]+)/\d{6,9}\.json"
+    r"index/(?P<name>[^/]+/[^/]+)/(?P<event>[^/]+)"
+    r"|keys/(?P<namespace>[^/]+)/(?P<keys>[^/]+)"
     r"|blobs/sha256/[0-9a-f]{2}/(?P<blob>[0-9a-f]{64})"
 )
 
@@ -44,20 +45,27 @@ def check(registry: Registry) -> tuple[Problem, ...]:
                 if isinstance(event, PublishEvent):
                     with noted(problems, f"{name}@{event.version}"):
                         _check_version(registry, event)
-    return tuple(problems)
+    # What is wrong with a key is met again at each version that it signed.
+    return tuple(dict.fromkeys(problems))
 
 
 def _check_paths(registry: Registry) -> Iterator[Problem]:
     for path in registry.store.list(""):
         where = f"{registry.where}/{path}"
         match = _KNOWN.fullmatch(path)
-        if match is None or not is_name(
-            match["name"] or f"{match['namespace'] or 'ns'}/any"
-        ):
+        if match is None or not _is_known(match):
             if path != CONFIG and not _BESIDE.fullmatch(path):
                 yield Problem(where, "the file is none of a registry", "remove it")
         elif match["blob"]:
             yield from _check_blob(registry, path, f"sha256:{match['blob']}")
+
+
+def _is_known(match: re.Match[str]) -> bool:
+    if match["blob"]:
+        return True
+    if match["name"]:
+        return refs.is_name(match["name"]) and seq_of(match["event"]) is not None
+    return refs.is_part(match["namespace"]) and seq_of(match["keys"]) is not None
 
 
 def _check_blob(registry: Registry, path: str, named: str) -> Iterator[Problem]:
@@ -66,7 +74,21 @@ def _check_blob(registry: Registry, path: str, named: str) -> Iterator[Problem]:
     with noted(problems, where):
         if path != blob_path(named):
             raise IntegrityError("the file lies in the wrong folder", where=where)
-        digest.check(registry.store.read(path), named, where=where)
+        found = registry.store.stat(path)
+        if found is not None and found.size_bytes > LARGEST_BYTES:
+            raise IntegrityError(
+                f"the file has {found.size_bytes} bytes, those of packages have at most "
+                f"{LARGEST_BYTES}",
+                where=where,
+                hint=_HINT,
+            )
+        actual = digest.of_chunks(registry.store.chunks(path))
+        if actual != named:
+            raise IntegrityError(
+                f"the bytes have digest {actual}, expected {named}",
+                where=where,
+                hint=_HINT,
+            )
     yield from problems
 
 

@@ -103,8 +103,16 @@ Event = PublishEvent | YankEvent | UnyankEvent
 
 
 def encode(document: msgspec.Struct) -> bytes:
-    """Return the canonical bytes of a document."""
-    return canonical.encode(msgspec.to_builtins(document))
+    """Return the canonical bytes of a document.
+
+    Raises:
+        DocumentError: a field is not as its type says, or the document is too large.
+    """
+    kind = type(document)
+    data = canonical.encode(msgspec.to_builtins(document))
+    # Read it back: what we write is never what we would refuse.
+    decode(data, kind, where=kind.__name__)
+    return data
 
 
 def decode(data: bytes, kind: Any, *, where: str) -> Any:
@@ -114,6 +122,6 @@ def decode(data: bytes, kind: Any, *, where: str) -> Any:
         DocumentError: not canonical JSON, or not of the kind's shape.
     """
     value = strict_json.decode_object(data, where=where, max_bytes=MAX_EVENT_BYTES)
-    if canonical.encode(value) != data:
+    if canonical.encode(value, where=where) != data:
         raise DocumentError("the document is not in canonical form (RFC 8785)", where=where)
     return typed(value, kind, where=where)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from lora_hub.errors import IntegrityError, NotFoundError
+from lora_hub.errors import IntegrityError
 from lora_hub.manifest import codec
 from lora_hub.manifest.document import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from lora_hub.package import layout
 from lora_hub.package.package import Package, open_package, read_package
 from lora_hub.registry.cache import Cache
 from lora_hub.registry.registry import Registry
@@ -13,28 +14,20 @@ from lora_hub.signing.envelope import MAX_BUNDLE_BYTES
 from lora_hub.signing.statement import SIGNATURE_NAME
 
 
-def fetch(
-    resolved: Resolved, registry: Registry, cache: Cache, *, offline: bool = False
-) -> Path:
+def fetch(resolved: Resolved, registry: Registry, cache: Cache) -> Path:
     """Return the package's folder in the cache, brought there first where it is missing.
 
     What the cache has is not asked of the registry again. Who signed it is not looked at
     here (`pull.py` does).
 
     Raises:
-        NotFoundError: it is not in the cache and `offline`, or the registry lost a file.
+        NotFoundError: the registry lost a file.
         IntegrityError: bytes differ from their digest.
         TrustError: others may write to the cache.
         StoreError: the cache cannot be written.
     """
     folder = cache.get(resolved.package)
     if folder is None:
-        if offline:
-            raise NotFoundError(
-                f"{resolved.full_name} {resolved.version} is not in the cache, and nothing "
-                "is fetched while offline",
-                hint="pull it once while online",
-            )
         remote = open_published(resolved, registry)
         folder = cache.put(
             resolved.package, ((name, _checked(remote, name)) for name in remote.names)
@@ -68,7 +61,9 @@ def open_published(resolved: Resolved, registry: Registry) -> Package:
             return data
         if name == SIGNATURE_NAME:
             return registry.blob(resolved.signature, max_bytes=MAX_BUNDLE_BYTES)
-        return registry.blob(listed[name].sha256, max_bytes=listed[name].size)
+        # The size is the publisher's word; the limit is ours.
+        size = min(listed[name].size, layout.max_bytes(name))
+        return registry.blob(listed[name].sha256, max_bytes=size)
 
     package = read_package(read, {*listed, MANIFEST_NAME, SIGNATURE_NAME}, where=where)
     check_name(package, resolved)

@@ -137,7 +137,9 @@ def yank(
     """
     if not 1 <= len(reason) <= 500:
         raise InputError(f"the reason has {len(reason)} characters, expected 1 to 500")
-    _check_key(registry, full_name, key)
+    if not reason.isprintable():
+        raise InputError("the reason holds a line break or a control character")
+    _check_key(registry, full_name.partition("/")[0], key)
 
     def build(events: tuple[Event, ...], link: Link) -> YankEvent | None:
         if isinstance(_last_of(events, full_name, version), YankEvent):
@@ -160,7 +162,7 @@ def unyank(registry: Registry, full_name: str, version: str, key: "PrivateKey") 
 
     Raises: as `yank`.
     """
-    _check_key(registry, full_name, key)
+    _check_key(registry, full_name.partition("/")[0], key)
 
     def build(events: tuple[Event, ...], link: Link) -> UnyankEvent | None:
         if not isinstance(_last_of(events, full_name, version), YankEvent):
@@ -194,7 +196,7 @@ def rotate(
     if not public_keys:
         raise InputError("no keys are given, expected at least one", where=namespace)
     pems = tuple(keys.public_pem(keys.public_key(pem)).decode() for pem in public_keys)
-    _check_key(registry, f"{namespace}/any", key)
+    _check_key(registry, namespace, key)
 
     def build(events: tuple[KeyEvent, ...], link: Link) -> KeyEvent:
         return authority.authorize(
@@ -287,8 +289,7 @@ def _last_of(events: tuple[Event, ...], full_name: str, version: str) -> Event:
     )
 
 
-def _check_key(registry: Registry, full_name: str, key: "PrivateKey") -> None:
-    namespace, _ = refs.parse_name(full_name)
+def _check_key(registry: Registry, namespace: str, key: "PrivateKey") -> None:
     known = {keys.hint(keys.public_key(pem)) for pem in registry.keys(namespace)}
     if keys.hint(key) not in known:
         expected = " or ".join(f"SHA256:{hint}" for hint in sorted(known)) or "no key yet"

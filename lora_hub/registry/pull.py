@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_hub.errors import IntegrityError
 from lora_hub.package.package import Package, open_package
 from lora_hub.refs import Reference
 from lora_hub.registry.cache import Cache
@@ -34,8 +35,6 @@ def pull(
     registry: Registry,
     cache: Cache,
     trust: TrustStore,
-    *,
-    offline: bool = False,
 ) -> Pulled:
     """Return the package that the reference means: every byte checked, the signer believed.
 
@@ -49,8 +48,15 @@ def pull(
     resolved = resolve(reference, registry)
     chain = registry.key_chain(reference.namespace)
     verdict = trust.judge(reference.namespace, chain, registry.where)
-    folder = fetch(resolved, registry, cache, offline=offline)
-    package = open_package(folder)
-    signer = verify_package(package, verdict.keys)
+    try:
+        folder = fetch(resolved, registry, cache)
+        package = open_package(folder)
+        signer = verify_package(package, verdict.keys)
+    except IntegrityError as error:
+        # What was fetched before may have been damaged since; what lies elsewhere says
+        # its own hint.
+        if error.where and error.where.startswith(str(cache.folder)):
+            error.hint = "the cache was damaged: `lorahub cache prune`, then pull again"
+        raise
     trust.keep(verdict)
     return Pulled(package, folder, signer, (*resolved.notes, *verdict.notes))

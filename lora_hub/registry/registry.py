@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_hub import digest, refs
+from lora_hub import digest, refs, settings
 from lora_hub.errors import (
     DocumentError,
     InputError,
     IntegrityError,
     NotFoundError,
-    ReferenceSyntaxError,
 )
 from lora_hub.registry import authority, chain, documents
 from lora_hub.registry.chain import Link, Recorded
@@ -24,6 +23,7 @@ from lora_hub.registry.documents import (
 )
 from lora_hub.registry.stores.local import LocalStore
 from lora_hub.registry.stores.protocol import Store
+from lora_hub.signing import keys
 
 CONFIG = "config.json"
 
@@ -74,7 +74,8 @@ class Registry:
         for path in self.store.list("index"):
             parts = path.split("/")
             name = "/".join(parts[1:3])
-            if len(parts) == 4 and name != last and is_name(name):
+            is_event = len(parts) == 4 and chain.seq_of(parts[3]) is not None
+            if is_event and name != last and refs.is_name(name):
                 last = name
                 yield name
 
@@ -83,7 +84,7 @@ class Registry:
         last = None
         for path in self.store.list("keys"):
             parts = path.split("/")
-            if len(parts) == 3 and parts[1] != last and is_name(f"{parts[1]}/any"):
+            if len(parts) == 3 and parts[1] != last and refs.is_part(parts[1]):
                 last = parts[1]
                 yield last
 
@@ -157,6 +158,7 @@ class Registry:
                 raise IntegrityError(
                     f"the keys are those of {record.event.namespace!r}", where=where
                 )
+            _check_keys(record.event, where)
             if index:
                 before = public_keys(recorded[index - 1].event)
                 authority.check(record.data, record.event, before, where=where)
@@ -200,7 +202,7 @@ class Registry:
         path = blob_path(found)
         if not self.store.write(path, [data], if_absent=True) and (
             # Damaged since: these are the right bytes, so they may take its place.
-            self.store.read(path) != data
+            digest.of_chunks(self.store.chunks(path)) != found
         ):
             self.store.write(path, [data], if_absent=False)
         return found
@@ -237,10 +239,10 @@ def init(folder: Path, name: str) -> Registry:
     Raises:
         InputError: the name is misspelt, or the folder is a registry of another name.
     """
-    if not is_name(f"{name}/any"):
+    if not refs.is_part(name):
         raise InputError(
             f"{name!r} cannot name a registry",
-            hint="2 to 63 lower-case letters, digits and single hyphens",
+            hint=f"the name of a registry is {refs.PART_RULE}",
         )
     registry = Registry(LocalStore(folder))
     config = RegistryConfig(schema="lorahub.registry/1", name=name)
@@ -270,17 +272,16 @@ def open_registry(location: str | Path) -> Registry:
             where=str(location),
             hint="give the folder of a registry",
         )
-    folder = Path(location).expanduser()
+    folder = settings.expanded(str(location))
     registry = Registry(LocalStore(folder))
     try:
         _ = registry.config
     except NotFoundError:
         missing = "holds no registry" if folder.is_dir() else "there is no such folder"
-        raise NotFoundError(
-            missing,
-            where=str(folder),
-            hint=f"make one with `lorahub registry init {folder}`",
-        ) from None
+        hint = f"make one with `lorahub registry init {folder}`"
+        if names := settings.registry_names():
+            hint = f"config.toml names {', '.join(names)}; or {hint}"
+        raise NotFoundError(missing, where=str(folder), hint=hint) from None
     except DocumentError as error:
         raise DocumentError(
             error.problem, where=error.where, hint="this is no registry's config.json"
@@ -293,28 +294,32 @@ def public_keys(event: KeyEvent) -> tuple[bytes, ...]:
     return tuple(pem.encode() for pem in event.keys)
 
 
+def _check_keys(event: KeyEvent, where: str) -> None:
+    # Keys are compared as texts, so each has to stand in its one spelling.
+    for pem in public_keys(event):
+        try:
+            key = keys.public_key(pem, where=where)
+        except InputError as error:
+            raise IntegrityError(
+                f"a key cannot be read: {error.problem}", where=where
+            ) from error
+        if keys.public_pem(key) != pem:
+            raise IntegrityError("a key is not in its one spelling", where=where)
+
+
 def index_folder(full_name: str) -> str:
     namespace, name = refs.parse_name(full_name)
     return f"index/{namespace}/{name}"
 
 
 def keys_folder(namespace: str) -> str:
-    refs.parse_name(f"{namespace}/any")
+    refs.check_namespace(namespace)
     return f"keys/{namespace}"
 
 
 def blob_path(blob_digest: str) -> str:
     name = digest.hex_of(blob_digest)
     return f"blobs/sha256/{name[:2]}/{name}"
-
-
-def is_name(text: str) -> bool:
-    """Return whether the text is `namespace/name`."""
-    try:
-        refs.parse_name(text)
-    except ReferenceSyntaxError:
-        return False
-    return True
 
 
 def _near(full_name: str, names: Iterator[str]) -> str:

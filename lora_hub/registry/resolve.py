@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_hub import refs
-from lora_hub.errors import NotFoundError, ReferenceSyntaxError
+from lora_hub.errors import NotFoundError
 from lora_hub.refs import Reference
 from lora_hub.registry.registry import Entry, Registry
 
@@ -43,7 +43,7 @@ def resolve(reference: Reference, registry: Registry) -> Resolved:
     exact = [entry for entry in entries if selector in (entry.version, entry.package)]
     if exact:
         return _resolved(exact[-1])
-    if not selector.startswith("sha256:") and not _is_version(selector):
+    if not selector.startswith("sha256:") and not refs.is_version(selector):
         accepts = _acceptance(selector)
         for entry in reversed(entries):
             if entry.yanked is None and accepts(entry.version):
@@ -86,11 +86,3 @@ def _nothing(selector: str, entries: tuple[Entry, ...]) -> str:
 
 def _shown(entry: Entry) -> str:
     return entry.version if entry.yanked is None else f"{entry.version} (withdrawn)"
-
-
-def _is_version(text: str) -> bool:
-    try:
-        refs.parse_version(text)
-    except ReferenceSyntaxError:
-        return False
-    return True

@@ -1,9 +1,14 @@
 """Names by words, base, task and rank, from the index alone: no manifest is read."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from lora_hub import refs
 from lora_hub.registry.documents import PublishEvent
 from lora_hub.registry.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 
 def search(
@@ -14,9 +19,10 @@ def search(
     task: str | None = None,
     max_rank: int | None = None,
 ) -> tuple[Entry, ...]:
-    """Return the highest version of each name that satisfies everything asked.
+    """Return the version of each name that satisfies everything asked.
 
-    Withdrawn versions do not count.
+    The highest release is taken, as `latest` means it, and a pre-release only where no
+    release satisfies. Withdrawn versions do not count.
 
     Args:
         registry: where.
@@ -27,7 +33,7 @@ def search(
     """
     found = []
     for name in registry.names():
-        for entry in reversed(registry.versions(name)):
+        for entry in sorted(registry.versions(name), key=_preference, reverse=True):
             event = entry.event
             if (
                 entry.yanked is None
@@ -39,6 +45,11 @@ def search(
                 found.append(entry)
                 break
     return tuple(found)
+
+
+def _preference(entry: Entry) -> "tuple[bool, Version]":
+    version = refs.parse_version(entry.version)
+    return not version.is_prerelease, version
 
 
 def _text(event: PublishEvent) -> str:

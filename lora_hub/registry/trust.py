@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from lora_hub import atomic, clock, refs, settings
-from lora_hub.errors import InputError, NotFoundError, StoreError, TrustError
+from lora_hub.errors import DocumentError, InputError, NotFoundError, StoreError, TrustError
 from lora_hub.manifest.document import Count, Document, Timestamp
 from lora_hub.registry import documents
 from lora_hub.registry.documents import KeyEvent, Part, Pem
@@ -77,20 +77,29 @@ class TrustStore:
             DocumentError: the file was damaged; nothing is believed until it is mended.
         """
         path = self._path(namespace)
-        if not path.exists():
-            return None
         try:
             data = path.read_bytes()
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise StoreError(
                 f"cannot be read: {error.strerror or error}", where=str(path)
             ) from error
-        pin: Pin = documents.decode(data, Pin, where=str(path))
+        try:
+            pin: Pin = documents.decode(data, Pin, where=str(path))
+        except DocumentError as error:
+            error.hint = "remove the damaged file, then pin the key: lorahub trust add"
+            raise
         return pin
 
     def list(self) -> tuple[Pin, ...]:
         """Return every pin, in order of namespaces."""
-        names = sorted(path.stem for path in self.folder.glob("[!.]*.json"))
+        try:
+            names = sorted(path.stem for path in self.folder.glob("[!.]*.json"))
+        except OSError as error:
+            raise StoreError(
+                f"cannot be read: {error.strerror or error}", where=str(self.folder)
+            ) from error
         return tuple(pin for name in names if (pin := self.get(name)) is not None)
 
     def add(
@@ -189,7 +198,7 @@ class TrustStore:
         return verdict
 
     def _path(self, namespace: str) -> Path:
-        refs.parse_name(f"{namespace}/any")
+        refs.check_namespace(namespace)
         return self.folder / f"{namespace}.json"
 
     def _known(self, namespace: str) -> Pin:

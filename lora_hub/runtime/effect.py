@@ -35,6 +35,8 @@ class Effect:
 
     __slots__ = ("_compute", "_tensors")
 
+    # Not in inference mode, whose tensors could not be used in training afterwards.
+    @torch.inference_mode(mode=False)
     def __init__(self, terms: Sequence[Term], layer: nn.Linear) -> None:
         update = cat(terms)
         own = layer.weight.dtype if layer.weight.dtype in _COMPUTES else torch.float32
@@ -50,10 +52,15 @@ class Effect:
             "bias": update.bias,
         }
         self._tensors = {
-            name: tensor.to(self._compute).to(update.a.device)
+            name: _of_its_own(tensor.to(self._compute).to(update.a.device))
             for name, tensor in tensors.items()
             if tensor is not None
         }
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the dtype that is computed in can hold every number."""
+        return all(bool(each.isfinite().all()) for each in self._tensors.values())
 
     def __call__(
         self,
@@ -64,19 +71,25 @@ class Effect:
     ) -> Float[Tensor, "*batch out"]:
         """Return the layer's output with the effect added; called by torch."""
         x: Tensor = args[0] if args else kwargs["input"]
-        if x.device != self._tensors["a"].device:
-            self._tensors = {
-                name: each.to(x.device) for name, each in self._tensors.items()
-            }
-        return self._added(layer, x.to(self._compute), output).to(output.dtype)
+        own = self._on(x.device)
+        return self._added(own, layer, x.to(self._compute), output).to(output.dtype)
+
+    def _on(self, device: torch.device) -> Mapping[str, Tensor]:
+        if device == self._tensors["a"].device:
+            return self._tensors
+        with torch.inference_mode(mode=False):
+            moved = {name: each.to(device) for name, each in self._tensors.items()}
+        if device.type != "meta":  # where shapes alone are tried, and numbers would be lost
+            self._tensors = moved
+        return moved
 
     def _added(
         self,
+        own: Mapping[str, Tensor],
         layer: nn.Linear,
         x: Float[Tensor, "*batch inp"],
         output: Float[Tensor, "*batch out"],
     ) -> Float[Tensor, "*batch out"]:
-        own = self._tensors
         y = output.to(self._compute) + linear(linear(x, own["a"]), own["b"])
         if "p" in own:
             # p scales W·x and not the layer's own bias.
@@ -88,3 +101,7 @@ class Effect:
         if "bias" in own:
             y = y + own["bias"]
         return y
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -9,18 +9,21 @@ Parameters and modules are never touched: the effect of what is used rides on fo
 hooks (`effect.py`), which exist only while an adapter is used. Where adapters come from is
 told by `find`; whether they belong to the model by `report.py` and `layers.py`.
 
-A host is for one thread at a time, and one host for a model.
+A host is for one thread at a time, and one host for a model. A deep copy of a model keeps
+what acted when it was copied, and no host takes that off it.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,7 +31,7 @@ from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.adapter.update import Update
 from lora_hub.composing.linear import Term
-from lora_hub.errors import InputError, NotFoundError
+from lora_hub.errors import ComposeError, FitError, InputError, NotFoundError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base, Policy
 from lora_hub.runtime.base_view import Known, ModelBase
@@ -165,11 +168,15 @@ class Host:
 
         Raises:
             NotFoundError: a name is not loaded; what was used before stays used.
-            InputError: a weight is no finite number.
+            InputError: a weight is no finite number, or makes one that the dtype which is
+                computed in cannot hold.
+            FitError: a layer of the model was replaced since the adapter was loaded.
         """
-        self._attached()
+        model = self._attached()
         weights = self._weights(what)
-        effects = self._effects(weights)  # first, so that a failure changes nothing
+        effects = self._effects(model, weights)  # first, so that a failure changes nothing
+        if effects or self._hooks:
+            _forget_compiled()
         self._remove_hooks()
         for layer, effect in effects:
             self._hooks.append(layer.register_forward_hook(effect, with_kwargs=True))
@@ -180,7 +187,7 @@ class Host:
         """Use these adapters inside a `with` block, then again what was used before.
 
         Raises:
-            NotFoundError, InputError: as `use`.
+            NotFoundError, InputError, FitError: as `use`.
         """
         before = self._used
         self.use(what)
@@ -214,6 +221,8 @@ class Host:
 
         The host lets all adapters go and cannot be used again. Detaching twice is fine.
         """
+        if self._hooks:
+            _forget_compiled()
         self._remove_hooks()
         self._used = {}
         self._loaded.clear()
@@ -270,7 +279,12 @@ class Host:
     def _weights(self, what: str | Weights | None) -> dict[str, float]:
         if what is None:
             return {}
-        weights = {what: 1.0} if isinstance(what, str) else dict(what)
+        weights = {what: 1.0} if isinstance(what, str) else what
+        if not isinstance(weights, Mapping):
+            raise InputError(
+                f"expected a name, names with their weights, or None, not {what!r}",
+                hint='for example host.use({"style/milton": 0.5})',
+            )
         for name, weight in weights.items():
             self._get(name)
             if not _is_finite(weight):
@@ -279,24 +293,58 @@ class Host:
                 )
         return {name: float(weight) for name, weight in weights.items()}
 
-    def _effects(self, weights: Weights) -> list[tuple[nn.Linear, Effect]]:
+    def _effects(
+        self, model: nn.Module, weights: Weights
+    ) -> list[tuple[nn.Linear, Effect]]:
         terms: dict[str, list[Term]] = {}
         layers: dict[str, nn.Linear] = {}
         for name, weight in weights.items():
             if weight == 0:
                 continue  # the base alone, bit for bit
             loaded = self._loaded[name]
+            _check_in_place(model, loaded.layers, name)
             layers.update(loaded.layers)
             for target, update in loaded.updates.items():
                 terms.setdefault(target, []).append((update, weight))
         return [
-            (layers[target], Effect(each, layers[target])) for target, each in terms.items()
+            (layers[target], _effect(target, each, layers[target]))
+            for target, each in terms.items()
         ]
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _effect(target: str, terms: list[Term], layer: nn.Linear) -> Effect:
+    effect = Effect(terms, layer)
+    if not effect.is_finite:
+        raise ComposeError(
+            "the adapters and their weights make numbers that are not finite in the dtype "
+            "which is computed in",
+            where=target,
+            hint="give smaller weights; `lorahub validate` finds NaN in adapters",
+        )
+    return effect
+
+
+def _check_in_place(model: nn.Module, layers: Mapping[str, nn.Linear], name: str) -> None:
+    """Refuse layers that the model does not call any more: a hook would do nothing."""
+    called = set(model.modules())
+    for target, layer in layers.items():
+        if layer not in called:
+            raise FitError(
+                f"the layer {target} was replaced after the adapter was loaded",
+                where=name,
+                hint=f"host.unload({name!r}) and load it again",
+            )
+
+
+def _forget_compiled() -> None:
+    """Let torch compile anew what it compiled: compiled code does not see other hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _is_finite(weight: object) -> bool:
@@ -316,7 +364,23 @@ def _name(name: str | None, what: str | Path | Adapter) -> str:
 
 
 def _is_same(one: Adapter, other: Adapter) -> bool:
-    return one is other or (one.digest is not None and one.digest == other.digest)
+    """Return whether they are one package, or, where that is not known, the same bits."""
+    if one is other or one.digest or other.digest:
+        return one is other or one.digest == other.digest
+    return one.updates.keys() == other.updates.keys() and all(
+        _is_equal(update, other.updates[target]) for target, update in one.updates.items()
+    )
+
+
+def _is_equal(one: Update, other: Update) -> bool:
+    for field in fields(Update):
+        this, that = getattr(one, field.name), getattr(other, field.name)
+        if this is None or that is None:
+            if this is not that:
+                return False
+        elif this.dtype != that.dtype or not torch.equal(this, that):
+            return False
+    return True
 
 
 def _beside(layer: nn.Linear, update: Update) -> Update:

@@ -77,6 +77,8 @@ class Checkpoint:
             if index is not None:
                 _check_index(index, shards, str(folder / INDEX_NAME))
             opened.pop_all()
+        if not any(shard.file.header.tensors for shard in shards):
+            raise InputError("the checkpoint holds no tensors", where=str(folder))
         tensors = {
             name: info
             for shard in shards

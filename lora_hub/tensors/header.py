@@ -192,6 +192,9 @@ def _json_object(text: bytes, where: str, limits: Limits) -> dict[str, Any]:
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:
+    # MLX writes null where it has nothing to say, and so does every adapter made with it.
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise TensorFileError(
             f"{METADATA} is {_kind(value)}, expected an object of texts", where=where
@@ -262,6 +265,8 @@ def _numbers(value: Any, field: str, at: str) -> list[int]:
                 f"{field} holds {json.dumps(number)[:40]}, expected whole numbers from 0",
                 where=at,
             )
+        if number >= 1 << 63:
+            raise TensorFileError(f"{field} holds a number of 2**63 or more", where=at)
     return value
 
 

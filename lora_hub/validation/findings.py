@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_hub.errors import LoraHubError
-from lora_hub.validation.rules import RULES, Severity
+from lora_hub.validation.rules import RULES, SEVERITIES, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,7 @@ class Finding:
         rule: id of a rule in `rules.py`.
         where: file, with a JSON pointer where that helps.
         hint: what to do.
+        waived: the reason of the waiver that covers it; None where none does.
     """
 
     rule: str
@@ -21,6 +22,21 @@ class Finding:
     where: str
     message: str
     hint: str
+    waived: str | None = None
+
+    def fails(self, fail_on: Severity) -> bool:
+        """Return whether this is at least as severe as `fail_on` and not waived."""
+        return self.waived is None and SEVERITIES.index(self.severity) <= SEVERITIES.index(
+            fail_on
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was checked, as the user named it, and what was found there."""
+
+    subject: str
+    findings: tuple[Finding, ...]
 
 
 def finding(rule: str, where: str, message: str, hint: str | None = None) -> Finding:

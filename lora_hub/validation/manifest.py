@@ -11,6 +11,7 @@ from lora_hub.manifest.tasks import TASKS
 from lora_hub.package import spdx
 from lora_hub.package.package import check_manifest
 from lora_hub.validation.findings import Finding, finding, from_error
+from lora_hub.validation.texts import check_document
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -24,19 +25,23 @@ def check_bytes(data: bytes, where: str) -> tuple[Manifest | None, list[Finding]
     try:
         value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
         codec.check_version(value, where)
-        is_canonical = canonical.encode(value) == data
+        is_canonical = canonical.encode(value, where=where) == data
     except DocumentError as error:
         return None, [from_error("LH001", error, where)]
-    found = _check_schema(value, where)
+    found = []
     if not is_canonical:
         found.append(finding("LH003", where, "the document is not in canonical form"))
+    try:
+        manifest = codec.typed(value, Manifest, where=where)
+    except DocumentError as error:
+        # The types name the first breach, the schema all of them, and takes its time.
+        return None, [
+            *(_check_schema(value, where) or [from_error("LH002", error, where)]),
+            *found,
+        ]
     if found:
         return None, found
-    try:
-        manifest = codec.decode(data, where=where)
-    except DocumentError as error:
-        return None, [from_error("LH002", error, where)]
-    found += _check_terms(manifest, where)
+    found += _check_terms(manifest, where) + check_document(data, value, where)
     # A newer program may know them.
     if not codec.is_newer(manifest):
         found += [
@@ -82,6 +87,10 @@ def _check_terms(manifest: Manifest, where: str) -> list[Finding]:
         try:
             if expression is not None:
                 spdx.check_license(expression)
+                found += [
+                    finding("LH008", f"{where}#/{field}", f"{name!r} is not on SPDX's list")
+                    for name in spdx.unlisted(expression)
+                ]
         except InputError as error:
             found.append(finding("LH006", f"{where}#/{field}", error.problem, error.hint))
     first = manifest.task.id.partition("/")[0]

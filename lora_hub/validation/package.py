@@ -1,24 +1,30 @@
 """Findings about one package: manifest, files, adapter, signature."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from lora_hub import digest
 from lora_hub.errors import IntegrityError, LoraHubError, TensorFileError, TrustError
 from lora_hub.formats.detect import source_from_files
+from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import MANIFEST_NAME
-from lora_hub.package.package import Package, check_modules, read_package
+from lora_hub.package.layout import CARD_NAME
+from lora_hub.package.package import Package, check_modules
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing import envelope, policy, statement
 from lora_hub.signing.statement import SIGNATURE_NAME
+from lora_hub.validation.base_name import is_local
 from lora_hub.validation.findings import Finding, finding, from_error
 from lora_hub.validation.manifest import check_bytes
+from lora_hub.validation.metadata import check_header
+from lora_hub.validation.texts import check_text
 from lora_hub.validation.weights import check_numbers
 
 
 def check_package(
     read: Callable[[str], bytes],
     names: Collection[str],
-    keys: Sequence[bytes],
+    keys_of: Callable[[str], Sequence[bytes]],
     *,
     where: str,
 ) -> list[Finding]:
@@ -27,7 +33,7 @@ def check_package(
     Args:
         read: file name → its bytes, unchecked.
         names: of all files there are.
-        keys: public keys that may sign it, none where they are not known.
+        keys_of: namespace → public keys that may sign there, none where they are not known.
         where: what to call it.
     """
     at = f"{where}/{MANIFEST_NAME}"
@@ -38,21 +44,29 @@ def check_package(
     manifest, found = check_bytes(data, at)
     if manifest is None:
         return found  # what it says about the other files cannot be relied on
-    package = read_package(read, names, where=where)
-    intact, about_files = _check_files(package)
+    package = Package(
+        manifest=manifest,
+        manifest_bytes=data,
+        digest=digest.of_bytes(data),
+        names=tuple(sorted(names)),
+        read=read,
+        where=where,
+    )
+    contents, about_files = _check_files(package)
     found += about_files
-    if intact:
-        found += _check_adapter(package)
-    return found + _check_signature(package, keys)
+    if contents is not None:
+        found += _check_adapter(package, contents)
+    return found + _check_signature(package, keys_of(manifest.name.partition("/")[0]))
 
 
-def _check_files(package: Package) -> tuple[bool, list[Finding]]:
-    """Return whether all listed files are as listed, and the findings."""
+def _check_files(package: Package) -> tuple[Mapping[str, bytes] | None, list[Finding]]:
+    """Return the bytes of all listed files, None unless all are as listed; the findings."""
+    contents = {}
     found = []
     for file in package.manifest.files:
         at = f"{package.where}/{file.path}"
         try:
-            package.read_checked(file.path)
+            contents[file.path] = package.read_checked(file.path)
         except IntegrityError as error:
             rule = "LH010" if file.path in package.names else "LH011"
             found.append(from_error(rule, error, at))
@@ -64,22 +78,33 @@ def _check_files(package: Package) -> tuple[bool, list[Finding]]:
         finding("LH012", f"{package.where}/{name}", "the manifest does not list it")
         for name in sorted({*package.names} - listed - {MANIFEST_NAME, SIGNATURE_NAME})
     ]
-    return intact, found
+    return contents if intact else None, found
 
 
-def _check_adapter(package: Package) -> list[Finding]:
-    listed = [file.path for file in package.manifest.files]
+def _check_adapter(package: Package, contents: Mapping[str, bytes]) -> list[Finding]:
+    """Return the findings about the adapter in these bytes: those that were compared."""
+    where = package.where
+    card = contents.get(CARD_NAME, b"").decode(errors="ignore")
+    about_card = check_text(card, f"{where}/{CARD_NAME}")
     source, found = try_source(
-        lambda: source_from_files(package.read_checked, listed, where=package.where),
-        package.where,
+        lambda: source_from_files(contents.__getitem__, contents, where=where), where
     )
     if source is None:
-        return found
+        return about_card + found
     try:
         check_modules(package, source)
     except IntegrityError as error:
-        found.append(from_error("LH022", error, package.where))
-    return found + check_numbers(source)
+        found.append(from_error("LH022", error, where))
+    if source.base_name is not None and is_local(source.base_name):
+        found.append(
+            finding(
+                "LH024",
+                f"{where}/{CONFIG_NAME}",
+                "the base is named by a local path",
+                "it tells strangers about its author's machine: pack the source again",
+            )
+        )
+    return [*about_card, *found, *check_header(source.tensors), *check_numbers(source)]
 
 
 def _check_signature(package: Package, keys: Sequence[bytes]) -> list[Finding]:

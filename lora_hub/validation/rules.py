@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")  # the worst first
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,13 @@ RULES = {
         "search and hubs know these tasks and no others",
         "the list is in lora_hub/manifest/tasks.py; further parts stand behind a slash",
     ),
+    "LH008": Rule(
+        "the licence is on SPDX's list",
+        "warning",
+        "scanners of licences know the identifiers of the list and no others",
+        "look the identifier up at spdx.org/licenses, or use LicenseRef-Name with a "
+        "LICENSE file",
+    ),
     "LH010": Rule(
         "every file has the size and digest of the manifest",
         "error",
@@ -87,6 +95,19 @@ RULES = {
         "error",
         "a file that no digest covers can be exchanged without a trace",
         "remove it, or pack it from the source",
+    ),
+    "LH013": Rule(
+        "no file is a Git LFS pointer",
+        "error",
+        "a pointer names the content and is not it: nothing can be applied",
+        "fetch the content with `git lfs pull`",
+    ),
+    "LH014": Rule(
+        "texts hold nothing that steers a terminal",
+        "error",
+        "an escape sequence repaints a screen and a bidirectional override shows another "
+        "text than the one that is there: what people read is not what programs read",
+        "remove the characters that the message names",
     ),
     "LH020": Rule(
         "the weights are a strict safetensors file",
@@ -118,6 +139,31 @@ RULES = {
         "an adapter whose base is a path or nothing can be tried on any model, and fails",
         "pack it with --base: the package then knows its base by content",
     ),
+    "LH025": Rule(
+        "the base is no quantised twin",
+        "warning",
+        "a -bnb-4bit or -GPTQ copy holds other weights than the model it was made from, "
+        "and many engines cannot load it",
+        "name the model itself if that is what others shall use, and pack it with --base",
+    ),
+    "LH026": Rule(
+        "the base is named with its owner",
+        "warning",
+        "a bare name is a folder on one machine and somebody's model on another",
+        "write owner/name, as openai-community/gpt2; pack it with --base",
+    ),
+    "LH027": Rule(
+        "a revision of the base is a commit",
+        "warning",
+        "a branch moves: the base that is found tomorrow is another one",
+        "write the 40 characters of the commit, or pack it with --base",
+    ),
+    "LH028": Rule(
+        "the header's metadata can be believed",
+        "warning",
+        "tools read the base, a hash or a title there and act on it",
+        "save the adapter again without the metadata, or with what is true",
+    ),
     "LH030": Rule(
         "all numbers are finite",
         "error",
@@ -129,6 +175,33 @@ RULES = {
         "warning",
         "with every factor b zero, the model answers as without the adapter",
         "check that training ran and that these are the trained weights",
+    ),
+    "LH032": Rule(
+        "every target learned something",
+        "note",
+        "where b is zero, the target answers as without the adapter; some such are normal, "
+        "in layers that no gradient reached",
+        "leave these targets out of target_modules if that is always so",
+    ),
+    "LH033": Rule(
+        "the scaling is in the usual range",
+        "warning",
+        "a scaling beyond 32, below 1/32 or not positive is seldom meant; alpha in place "
+        "of alpha/r, or a lost alpha, give such numbers",
+        "check lora_alpha, r and use_rslora against the run that trained it",
+    ),
+    "LH034": Rule(
+        "no target moves far more than the others",
+        "warning",
+        "one delta out of all proportion is a run that diverged, a wrong alpha, or "
+        "something that was put there on purpose",
+        "look at it with `lorahub inspect`, and compare the outputs with and without it",
+    ),
+    "LH035": Rule(
+        "the rank is used",
+        "note",
+        "ranks that carry nothing cost memory and time in every forward pass",
+        "`lorahub compose` can write the same delta at a lower rank",
     ),
     "LH040": Rule(
         "the package is signed",
@@ -159,5 +232,17 @@ RULES = {
         "error",
         "events, keys and blobs must tell one unbroken story",
         "restore the file from where the registry came from",
+    ),
+    "LH060": Rule(
+        "no waiver has expired",
+        "warning",
+        "a waiver is a promise to look again by a date, and the date has passed",
+        "mend what was waived, or decide anew and give another date",
+    ),
+    "LH061": Rule(
+        "every waiver is needed",
+        "note",
+        "a waiver that covers nothing will hide the next finding of its kind unseen",
+        "remove it",
     ),
 }

@@ -5,23 +5,37 @@ registry, whose every published version is then checked as a package.
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lora_hub import strict_json
 from lora_hub.errors import DocumentError, InputError, LoraHubError
-from lora_hub.formats.detect import PICKLES, open_adapter
+from lora_hub.formats.detect import open_adapter
+from lora_hub.formats.peft import WEIGHTS_NAME
+from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.package import layout
-from lora_hub.package.package import read_package
 from lora_hub.registry.check import check as check_whole
 from lora_hub.registry.fetch import open_published
 from lora_hub.registry.registry import CONFIG, Registry, open_registry
 from lora_hub.registry.resolve import Resolved
 from lora_hub.registry.trust import TrustStore
-from lora_hub.validation.findings import Finding, finding, from_error
+from lora_hub.tensors.file import TensorFile
+from lora_hub.tensors.header import ADAPTER_LIMITS
+from lora_hub.validation.base_name import check_base
+from lora_hub.validation.findings import Checked, Finding, finding, from_error
+from lora_hub.validation.metadata import check_header
 from lora_hub.validation.package import check_package, try_source
+from lora_hub.validation.subjects import subjects_of
+from lora_hub.validation.surroundings import check_surroundings
+from lora_hub.validation.texts import check_texts
 from lora_hub.validation.weights import check_numbers
+
+# Below this, checking small adapters takes less time than starting processes.
+MANY = 64
 
 
 def validate(path: Path) -> tuple[Finding, ...]:
@@ -40,40 +54,86 @@ def validate(path: Path) -> tuple[Finding, ...]:
     return tuple(check(path))
 
 
+def check_all(paths: Sequence[Path], *, processes: int = 1) -> tuple[Checked, ...]:
+    """Return what is wrong with everything at and below the paths, in their order.
+
+    Args:
+        paths: each may be a folder of adapters, packages and registries, or a file in one.
+        processes: how many share the work where it is much. They start a new interpreter,
+            so a script that asks for more than one guards its own start with `__main__`.
+            Threads gain nothing here: most of the time is the interpreter's own.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    folders = subjects(paths)
+    if processes > 1 and len(folders) >= MANY:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(validate, folders, chunksize=MANY // 4))
+    else:
+        found = [validate(folder) for folder in folders]
+    return tuple(map(Checked, map(str, folders), found))
+
+
+def subjects(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the folders that the paths mean, each once; see `subjects.py`."""
+    return tuple(
+        dict.fromkeys(
+            folder for path in paths for folder in subjects_of(path, _is_registry)
+        )
+    )
+
+
 def _check_package(folder: Path) -> list[Finding]:
     try:
         names = layout.list_files(folder)
     except LoraHubError as error:
         return [from_error("LH012", error, str(folder))]
-    read = layout.reader(folder)
-    return check_package(read, names, _pinned_keys(read, names), where=str(folder))
+    return check_package(layout.reader(folder), names, _pinned_keys, where=str(folder))
 
 
-def _pinned_keys(read: Callable[[str], bytes], names: Collection[str]) -> tuple[bytes, ...]:
-    """Return the keys that the user's trust store pins for the package's namespace."""
-    # What is wrong with the manifest or the store is said elsewhere.
+def _pinned_keys(namespace: str) -> tuple[bytes, ...]:
+    """Return the keys that the user's trust store pins for a namespace."""
+    # What is wrong with the store is said by the commands that rely on it.
     with contextlib.suppress(LoraHubError):
-        package = read_package(read, names, where="")
-        pin = TrustStore().get(package.manifest.name.partition("/")[0])
+        pin = TrustStore().get(namespace)
         return pin.public_keys if pin else ()
     return ()
 
 
 def _check_adapter(folder: Path) -> list[Finding]:
     where = str(folder)
-    source, found = try_source(lambda: open_adapter(folder), where)
-    found += [
-        finding("LH023", str(path), "this is a pickle")
-        for path in sorted(folder.iterdir())
-        if path.name.lower().endswith(PICKLES)
-    ]
-    if source is None:
-        return found
-    if source.base_name is None:
-        found.append(finding("LH024", where, "the config names no base"))
-    elif source.base_name.startswith(("/", ".", "~")) or "\\" in source.base_name:
-        found.append(finding("LH024", where, "the config names its base by a local path"))
-    return found + check_numbers(source)
+    found = check_surroundings(folder)
+    pointers = {one.where for one in found if one.rule == "LH013"}
+    for path in sorted(folder.glob("*.safetensors")):
+        # What is wrong with a header is said where the adapter is read.
+        with (
+            contextlib.suppress(LoraHubError),
+            TensorFile.open(path, limits=ADAPTER_LIMITS) as file,
+        ):
+            found += check_header(file)
+    config = _config_of(folder)
+    found += check_texts(config, f"{where}/{CONFIG_NAME}")
+    if pointers & {f"{where}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAME)}:
+        return found  # there is nothing to read yet
+    source, why_not = try_source(lambda: open_adapter(folder), where)
+    if source is not None:
+        found += check_numbers(source)
+    if "peft_type" in config or source is not None:
+        at = f"{where}/{CONFIG_NAME}" if config else where
+        found += check_base(
+            source.base_name if source else config.get("base_model_name_or_path"),
+            source.base_revision if source else config.get("revision"),
+            at,
+        )
+    return [*why_not, *found]
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return the config, empty where there is none or it cannot be read."""
+    with contextlib.suppress(LoraHubError):
+        return strict_json.read_object(folder / CONFIG_NAME)
+    return {}
 
 
 def _check_registry(folder: Path) -> list[Finding]:
@@ -92,6 +152,10 @@ def _check_registry(folder: Path) -> list[Finding]:
 def _check_versions(registry: Registry, name: str) -> list[Finding]:
     found = []
     keys = registry.keys(name.partition("/")[0])
+
+    def keys_of(namespace: str) -> Sequence[bytes]:
+        return keys
+
     for entry in registry.versions(name):
         event = entry.event
         resolved = Resolved(
@@ -99,7 +163,9 @@ def _check_versions(registry: Registry, name: str) -> list[Finding]:
         )
         with contextlib.suppress(LoraHubError):
             package = open_published(resolved, registry)
-            found += check_package(package.read, package.names, keys, where=package.where)
+            found += check_package(
+                package.read, package.names, keys_of, where=package.where
+            )
     return found
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,18 @@ def test_an_error_names_the_folder_as_the_user_does(tmp_path):
         fill()
 
     assert caught.value.where.startswith(str(tmp_path / "out" / "file"))
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    with atomic.new_folder(tmp_path / "a**b[") as folder:
+        (folder / "file").write_bytes(b"")
+
+    assert (tmp_path / "a**b[" / "file").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux's /proc")
+def test_an_error_names_the_file_as_the_user_does():
+    with pytest.raises(StoreError) as caught:
+        atomic.write_new(Path("/proc/new"), [b""])
+
+    assert caught.value.where == "/proc/new"

@@ -109,3 +109,23 @@ def test_versions_sort_as_semver_and_pep_440_do():
 def test_refuses_versions_that_the_two_schemes_read_apart(text):
     with pytest.raises(ReferenceSyntaxError):
         refs.parse_version(text)
+
+
+@pytest.mark.parametrize("text", ["1.0." + "9" * 5000, "1\u0662.0.0", "1.0.0-rc.\u0661"])
+def test_versions_have_ascii_digits_and_few(text):
+    with pytest.raises(ReferenceSyntaxError) as caught:
+        refs.parse_version(text)
+
+    assert len(caught.value.problem) < 300
+
+
+@pytest.mark.parametrize("text", [">=1." + "9" * 5000, ">=1.0," * 500 + "<2"])
+def test_ranges_beyond_all_versions_are_refused_and_not_repeated(text):
+    with pytest.raises(ReferenceSyntaxError) as caught:
+        refs.parse(f"style/milton@{text}")
+
+    assert len(caught.value.problem) < 300
+
+
+def test_a_text_longer_than_a_path_may_be_is_no_path():
+    assert not refs.is_path("a" * 5000)

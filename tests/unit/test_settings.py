@@ -36,7 +36,9 @@ def test_no_registry_at_all_says_what_to_do():
     assert "LORAHUB_REGISTRY" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["default = 3", "x = 1", "= bad", 'registries = "a"'])
+@pytest.mark.parametrize(
+    "text", ["default = 3", "default = false", "x = 1", "= bad", 'registries = "a"']
+)
 def test_a_broken_config_is_named(home, text):
     (home / "config.toml").write_text(text)
 
@@ -51,3 +53,23 @@ def test_a_misspelt_switch_is_refused(monkeypatch):
 
     with pytest.raises(InputError, match="stict"):
         settings.is_strict()
+
+
+def test_a_user_that_does_not_exist_has_no_folder(monkeypatch):
+    monkeypatch.setenv("LORAHUB_CACHE", "~no-such-user/cache")
+
+    with pytest.raises(InputError, match="no such user"):
+        settings.cache_folder()
+
+
+def test_a_relative_folder_of_the_config_lies_beside_it(home):
+    (home / "config.toml").write_text('[registries]\nteam = "adapters"\nfar = "s3://a/b"\n')
+
+    assert settings.registry_location("team") == str(home / "adapters")
+    assert settings.registry_location("far") == "s3://a/b"
+
+
+def test_a_registry_may_lie_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+
+    assert settings.registry_location("~/adapters") == "/home/me/adapters"

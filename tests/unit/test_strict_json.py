@@ -1,6 +1,8 @@
 """JSON that two readers could understand differently is refused."""
 
 import json
+import os
+import time
 
 import pytest
 from hypothesis import given
@@ -80,3 +82,38 @@ def test_canonical_bytes_do_not_depend_on_the_order_of_keys(value):
 def test_values_without_an_exact_json_form_are_refused(value):
     with pytest.raises(DocumentError):
         canonical.encode({"a": value})
+
+
+def test_a_text_full_of_quotes_that_never_ends_is_refused_at_once():
+    start = time.perf_counter()
+
+    with pytest.raises(DocumentError, match="not JSON"):
+        strict_json.decode(b'"' + b'\\"' * 2_000_000, where="file")
+
+    assert time.perf_counter() - start < 5
+
+
+def test_a_number_beyond_all_floats_is_refused():
+    with pytest.raises(DocumentError, match="beyond what a float holds"):
+        strict_json.decode(b'{"alpha": 1e999}', where="file")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+
+    with pytest.raises(DocumentError, match="no regular file"):
+        strict_json.read_object(tmp_path / "config.json")
+
+
+def test_half_a_surrogate_pair_has_no_canonical_form_and_the_place_is_named():
+    with pytest.raises(DocumentError) as caught:
+        canonical.encode({"a": "\ud800"}, where="lorahub.json")
+
+    assert caught.value.where == "lorahub.json"
+
+
+def test_a_long_number_is_not_repeated_to_the_user():
+    with pytest.raises(DocumentError) as caught:
+        canonical.encode({"a": 10**4000})
+
+    assert len(caught.value.problem) < 250

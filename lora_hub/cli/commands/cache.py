@@ -31,12 +31,16 @@ def list_packages(as_json: bool) -> None:
 
 
 @command.command()
-def verify() -> int:
+@options.as_json
+def verify(as_json: bool) -> int:
     """Read every byte of the cache and compare it with its digest."""
     from lora_hub.registry.cache import Cache
 
     cache = Cache()
     problems = cache.verify()
+    if as_json:
+        terminal.out_json({"packages": len(cache.list()), "problems": problems})
+        return 1 if problems else 0
     for problem in problems:
         terminal.out(f"{problem.where}: {problem.message}")
     terminal.talk(f"{len(cache.list())} packages, {len(problems)} problems")
@@ -44,10 +48,20 @@ def verify() -> int:
 
 
 @command.command()
-@click.option("--days", default=30, show_default=True, help="Unused for so many days.")
-def prune(days: int) -> None:
+@click.option(
+    "--days",
+    type=click.IntRange(min=0),
+    default=30,
+    show_default=True,
+    help="Unused for so many days.",
+)
+@options.as_json
+def prune(days: int, as_json: bool) -> None:
     """Remove packages that are damaged or were not used lately, and half-made ones."""
     from lora_hub.registry.cache import Cache
 
     pruned = Cache().prune(unused_s=days * DAY_S)
+    if as_json:
+        terminal.out_json(pruned)
+        return
     terminal.out(f"removed {pruned.packages} packages, {terminal.size(pruned.size_bytes)}")

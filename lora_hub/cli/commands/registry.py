@@ -17,12 +17,16 @@ def command() -> None:
 @click.option(
     "--name", metavar="NAME", help="What it calls itself.  [default: the folder's name]"
 )
-def init(folder: Path, name: str | None) -> None:
+@options.as_json
+def init(folder: Path, name: str | None, as_json: bool) -> None:
     """Make FOLDER a registry."""
     from lora_hub.public import publishing
 
     registry = publishing.init_registry(folder, name=name or folder.resolve().name)
-    terminal.out(f"{folder} is the registry {registry.config.name!r}")
+    if as_json:
+        terminal.out_json({"folder": folder, "name": registry.config.name})
+    else:
+        terminal.out(f"{folder} is the registry {registry.config.name!r}")
 
 
 @command.command()

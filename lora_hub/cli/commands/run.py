@@ -14,9 +14,18 @@ from lora_hub.cli import options, terminal
     "--adapter", "adapters", multiple=True, metavar="REF[=W]", help="May be repeated."
 )
 @click.option(
-    "--tokens", default=60, show_default=True, help="How many new tokens at most."
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="How many new tokens at most.",
 )
-@click.option("--repetition-penalty", default=1.2, show_default=True)
+@click.option(
+    "--repetition-penalty",
+    default=1.2,
+    show_default=True,
+    help="Above 1: what was said becomes less likely.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),

@@ -40,22 +40,30 @@ def list_pins(as_json: bool) -> None:
 @command.command()
 @click.argument("namespace")
 @click.argument("keys", nargs=-1, required=True, type=options.PATH, metavar="KEY.pub…")
-def add(namespace: str, keys: tuple[Path, ...]) -> None:
+@options.as_json
+def add(namespace: str, keys: tuple[Path, ...], as_json: bool) -> None:
     """Believe these public keys for NAMESPACE, before its first package is met."""
     from lora_hub.public import trusting
 
     pin = trusting.believe(namespace, keys)
-    terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")
+    if as_json:
+        terminal.out_json(pin)
+    else:
+        terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")
 
 
 @command.command()
 @click.argument("namespace")
-def remove(namespace: str) -> None:
+@options.as_json
+def remove(namespace: str, as_json: bool) -> None:
     """Forget NAMESPACE: the next registry that is met pins it anew."""
     from lora_hub.public import trusting
 
     trusting.forget(namespace)
-    terminal.out(f"{namespace} is not pinned any more")
+    if as_json:
+        terminal.out_json({"namespace": namespace, "pinned": False})
+    else:
+        terminal.out(f"{namespace} is not pinned any more")
 
 
 @command.command()
@@ -68,8 +76,13 @@ def remove(namespace: str) -> None:
     help="Publish the change, signed with this private key of the namespace.",
 )
 @options.registry
+@options.as_json
 def rotate(
-    namespace: str, keys: tuple[Path, ...], key: Path | None, registry: str | None
+    namespace: str,
+    keys: tuple[Path, ...],
+    key: Path | None,
+    registry: str | None,
+    as_json: bool,
 ) -> None:
     """Let these public keys take the place of those believed for NAMESPACE.
 
@@ -80,9 +93,14 @@ def rotate(
 
     if key is not None:
         trusting.rotate(namespace, keys, key, registry=registry)
-        terminal.out(f"{namespace}: the registry names the new keys")
+        if not as_json:
+            terminal.out(f"{namespace}: the registry names the new keys")
     elif registry is not None:
         raise click.UsageError("--registry publishes the change and needs --key FILE")
+    pin = None
     if key is None or trusting.is_pinned(namespace):
         pin = trusting.believe(namespace, keys, replace=True)
+    if as_json:
+        terminal.out_json({"published": key is not None, "pin": pin})
+    elif pin is not None:
         terminal.out(f"{namespace} is pinned to {', '.join(pin.fingerprints)}")

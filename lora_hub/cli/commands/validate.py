@@ -1,10 +1,12 @@
 """`lorahub validate`: findings for CI."""
 
+import os
 from pathlib import Path
 
 import click
 
 from lora_hub.cli import options, terminal
+from lora_hub.validation.rules import Severity
 
 FOUND = 1
 
@@ -14,7 +16,7 @@ FOUND = 1
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["text", "json"]),
+    type=click.Choice(["text", "json", "sarif", "junit", "github"]),
     default="text",
     show_default=True,
 )
@@ -25,15 +27,35 @@ FOUND = 1
     show_default=True,
     help="The lowest severity that gives exit code 1.",
 )
-def command(paths: tuple[Path, ...], form: str, fail_on: str) -> int:
-    """Check packages, adapter folders and registries at PATHS.
+@click.option(
+    "--waivers",
+    type=options.PATH,
+    metavar="FILE",
+    help="Findings to live with. Default: lorahub-waivers.toml beside the paths.",
+)
+@click.option(
+    "--fix",
+    is_flag=True,
+    help="First mend the configs of bare adapter folders; packages are never touched.",
+)
+def command(
+    paths: tuple[Path, ...],
+    form: str,
+    fail_on: Severity,
+    waivers: Path | None,
+    fix: bool,
+) -> int:
+    """Check packages, adapter folders and registries at and below PATHS.
 
     Exit code 0: nothing at or above the failing severity; 1: findings.
     """
     from lora_hub.public import packaging
     from lora_hub.validation.reports import REPORTS
 
-    findings = packaging.validate(*paths)
-    terminal.out(REPORTS[form](findings))
-    failing = {"error"} if fail_on == "error" else {"error", "warning"}
-    return FOUND if any(finding.severity in failing for finding in findings) else 0
+    if fix:
+        for change in packaging.fix(*paths):
+            terminal.talk(change)
+    checked = packaging.check(*paths, waivers=waivers, processes=os.cpu_count() or 1)
+    terminal.out(REPORTS[form](checked, fail_on))
+    fails = any(one.fails(fail_on) for each in checked for one in each.findings)
+    return FOUND if fails else 0

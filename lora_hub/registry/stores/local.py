@@ -5,13 +5,16 @@ writers one creates it. Symbolic links inside the folder are not followed: whoev
 one there could otherwise point us anywhere.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_hub import atomic
-from lora_hub.errors import NotFoundError, StoreError
+from lora_hub.digest import CHUNK_BYTES
+from lora_hub.errors import IntegrityError, NotFoundError, StoreError
 from lora_hub.registry.stores.protocol import Stat, check_path
 
 # Not on Windows, which has neither: there `_locate` alone refuses links.
@@ -27,23 +30,20 @@ class LocalStore:
 
     def read(self, path: str, *, max_bytes: int | None = None) -> bytes:
         place = self._locate(path)
-        try:
-            # O_NONBLOCK: a pipe of this name would otherwise hold us for ever.
-            with open(place, "rb", opener=_opener) as stream:
-                status = os.fstat(stream.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise StoreError("is no regular file", where=str(place))
-                if max_bytes is not None and status.st_size > max_bytes:
-                    raise StoreError(
-                        f"the file has {status.st_size} bytes, at most {max_bytes} are "
-                        "read",
-                        where=str(place),
-                    )
-                return stream.read()
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFoundError("there is no such file", where=str(place)) from None
-        except OSError as error:
-            raise _cannot("read", error, place) from error
+        with _opened(place) as stream:
+            size_bytes = os.fstat(stream.fileno()).st_size
+            if max_bytes is not None and size_bytes > max_bytes:
+                raise IntegrityError(
+                    f"the file has {size_bytes} bytes, at most {max_bytes} are read",
+                    where=str(place),
+                    hint="another file took its place, or it grew",
+                )
+            return stream.read(size_bytes)
+
+    def chunks(self, path: str) -> Iterator[bytes]:
+        with _opened(self._locate(path)) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
 
     def write(
         self, path: str, chunks: Iterable[bytes | memoryview], *, if_absent: bool
@@ -95,12 +95,31 @@ class LocalStore:
         place = self.folder
         for part in check_path(path):
             place /= part
-            if place.is_symlink():
+            try:
+                is_link = place.is_symlink()
+            except OSError as error:
+                raise _cannot("read", error, place) from error
+            if is_link:
                 raise StoreError(
                     "is a symbolic link, which is not followed inside a registry",
                     where=str(place),
                 )
         return place
+
+
+@contextlib.contextmanager
+def _opened(place: Path) -> Iterator[BinaryIO]:
+    """Give the regular file opened for reading, with errors of ours."""
+    try:
+        # O_NONBLOCK: a pipe of this name would otherwise hold us for ever.
+        with open(place, "rb", opener=_opener) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise StoreError("is no regular file", where=str(place))
+            yield stream
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError("there is no such file", where=str(place)) from None
+    except OSError as error:
+        raise _cannot("read", error, place) from error
 
 
 def _opener(path: str, _flags: int) -> int:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator
 
-from lora_hub.errors import NotFoundError, StoreError
+from lora_hub.errors import IntegrityError, NotFoundError
 from lora_hub.registry.stores.protocol import Stat, check_path
 
 
@@ -21,10 +21,13 @@ class MemoryStore:
             raise NotFoundError("there is no such file", where=path)
         data = self._files[path]
         if max_bytes is not None and len(data) > max_bytes:
-            raise StoreError(
+            raise IntegrityError(
                 f"the file has {len(data)} bytes, at most {max_bytes} are read", where=path
             )
         return data
+
+    def chunks(self, path: str) -> Iterator[bytes]:
+        yield self.read(path)
 
     def write(
         self, path: str, chunks: Iterable[bytes | memoryview], *, if_absent: bool

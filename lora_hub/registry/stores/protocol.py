@@ -1,4 +1,4 @@
-"""What a registry asks of a place that keeps bytes: five verbs.
+"""What a registry asks of a place that keeps bytes: six verbs.
 
 Paths are relative, parts joined with `/`, letters, digits and `._-`, no leading dot:
 `index/style/milton/000001.json`. A path has a whole file or none; "only if absent" is the
@@ -33,8 +33,12 @@ class Store(Protocol):
 
         Raises:
             NotFoundError: nothing is there.
-            StoreError: it has more than `max_bytes`, or cannot be read.
+            IntegrityError: it has more than `max_bytes`.
+            StoreError: it cannot be read.
         """
+
+    def chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the file's bytes in pieces; errors as `read`."""
 
     def write(
         self, path: str, chunks: Iterable[bytes | memoryview], *, if_absent: bool

@@ -4,10 +4,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from lora_hub.validation.findings import Finding
+from lora_hub.validation.findings import Checked
+from lora_hub.validation.rules import Severity
 
 
-def render(findings: Sequence[Finding]) -> str:
-    """Return `{"findings": [{"rule", "severity", "where", "message", "hint"}, …]}`."""
-    value = {"findings": [dataclasses.asdict(one) for one in findings]}
-    return json.dumps(value, indent=2)
+def render(checked: Sequence[Checked], fail_on: Severity = "error") -> str:
+    """Return `{"findings": […]}`, the fields of each being those of `Finding`."""
+    findings = [dataclasses.asdict(one) for each in checked for one in each.findings]
+    return json.dumps({"findings": findings}, indent=2)

@@ -97,7 +97,8 @@ def test_a_copy_in_float16_does_not_fit(recorded, make_base, policy):
         f"first {FIRST}"
     )
     assert error.hint == (
-        "the adapter was made on org/right@main; load it in BF16, or widened to F32 or F64"
+        "the adapter was made on hf:org/right@main; load it in BF16, or widened to F32 "
+        "or F64"
     )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lora_hub.base import digest_cache
 from lora_hub.base.folder import FolderBase, config_of, describe, tokenizer_of
 from lora_hub.base.view import digests, root_of, struct_of
-from lora_hub.errors import DocumentError, FitError
+from lora_hub.errors import DocumentError, FitError, InputError
 from lora_hub.manifest.document import BaseConfig
 
 ROOT = Path(__file__).parents[3]
@@ -350,3 +350,10 @@ def test_the_real_base_has_one_root_in_one_file_and_in_five(tmp_path):
     assert root(tmp_path) == root(base)
     assert root(half) != root(base)
     assert struct(tmp_path) == struct(half) == struct(base)
+
+
+def test_a_pipe_as_the_tokenizer_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+
+    with pytest.raises(InputError, match="no regular file"):
+        tokenizer_of(tmp_path)

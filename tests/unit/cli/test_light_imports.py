@@ -35,6 +35,11 @@ CASES = {
         ["inspect", str(ROOT / "tests/assets/adapters/milton")],
         DOCUMENTS | {"numpy"},
     ),
+    "convert": (
+        ["convert", str(ROOT / "tests/assets/adapters/shakespeare"), "--to", "mlx"]
+        + ["--out", "out"],
+        DOCUMENTS | {"numpy"},
+    ),
     "keygen": (["keygen", "--out", "key"], SIGNATURES),
     "trust list": (["trust", "list"], SIGNATURES),
     "cache list": (["cache", "list"], DOCUMENTS),

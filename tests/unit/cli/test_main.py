@@ -1,12 +1,16 @@
 """The command line's frame: help, errors, exit codes."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from lora_hub.cli import terminal
-from lora_hub.cli.main import COMMANDS, guard, run
+from lora_hub.cli.main import COMMANDS, guard, lorahub, run
 from lora_hub.errors import FitError, InconclusiveError, IntegrityError, NotFoundError
 
 ROOT = Path(__file__).parents[3]
@@ -90,3 +94,45 @@ def test_the_readme_names_the_two_commands():
     readme = (ROOT / "README.md").read_text()
 
     assert re.search(r"^make demo$\n^make test$", readme, re.MULTILINE)
+
+
+def shell(line):
+    """Run a line in a shell, where LORAHUB is the command; return its exit and stderr."""
+    command = f"LORAHUB='{sys.executable} -m lora_hub.cli.main'; set -o pipefail; {line}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_verdict():
+    assert shell("$LORAHUB --help | true") == (141, "", "")
+
+
+def test_closed_streams_are_no_bug():
+    assert shell("$LORAHUB --version >&-") == (0, "", "")
+    assert shell("$LORAHUB inspect ./nowhere 2>&-") == (2, "", "")
+
+
+def test_the_exit_code_tells_where_nobody_listens():
+    assert shell("$LORAHUB inspect ./nowhere 2>/dev/full") == (2, "", "")
+    assert shell("$LORAHUB pul 2>/dev/full") == (2, "", "")
+
+
+def leaves(command, path=()):
+    if isinstance(command, click.Group):
+        for name in command.list_commands(None):
+            yield from leaves(command.get_command(None, name), (*path, name))
+    else:
+        yield path, {text for each in command.params for text in each.opts}
+
+
+@pytest.mark.parametrize(
+    ("path", "options"), leaves(lorahub), ids=lambda value: "-".join(sorted(value))
+)
+def test_every_command_speaks_json(path, options):
+    assert options & {"--json", "--format"}
+
+
+def test_json_holds_paths_as_text(capsys):
+    terminal.out_json({"folder": Path("a/b"), "text": "\u202e"})
+
+    assert json.loads(capsys.readouterr().out) == {"folder": "a/b", "text": "\u202e"}

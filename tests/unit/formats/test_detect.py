@@ -5,7 +5,9 @@ import shutil
 import pytest
 
 from lora_hub.errors import DocumentError, FormatError, InputError, TensorFileError
-from lora_hub.formats.detect import open_adapter, source_from_files
+from lora_hub.formats.detect import DIALECTS, detect, open_adapter, source_from_files
+from lora_hub.formats.dialect import ReadOptions
+from tests import adapters
 from tests.builders import tensor_bytes, tiny_adapter
 
 LORA = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}).encode()
@@ -57,7 +59,8 @@ def test_never_opens_a_pickle_beside_the_weights():
 
 BAD = [
     ({}, FormatError, "no adapter is here"),
-    ({"adapter.safetensors": b""}, FormatError, "nobody knows the scaling"),
+    ({"adapter.safetensors": WEIGHTS}, FormatError, "without it nobody knows the scaling"),
+    ({"adapter.safetensors": b""}, TensorFileError, "the file has 0 bytes"),
     ({"adapter_model.bin": b""}, FormatError, "'adapter_model.bin' is a pickle"),
     ({"adapter_config.json": LORA}, FormatError, "no adapter_model.safetensors"),
     (
@@ -73,7 +76,7 @@ BAD = [
     (
         {"adapter_config.json": b'{"fine_tune_type":"lora","num_layers":4}'},
         FormatError,
-        "the config is MLX-LM's",
+        "there is no adapters.safetensors",
     ),
     (
         {"adapter_config.json": b'{"model_class":"X","model_type":"bert","config":{}}'},
@@ -143,3 +146,122 @@ def test_unreadable_file_is_an_input_error(tmp_path):
 
     with pytest.raises(InputError, match="no regular file"):
         open_adapter(folder)
+
+
+def fill(folder, files):
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def example(dialect, tmp_path):
+    """Return the files of an adapter that the dialect can say, and the base it needs."""
+    if dialect in ("kohya", "diffusers"):
+        adapter = adapters.source(adapters.part(adapters.TO_Q))
+        return adapters.written(dialect, adapter), adapters.pipeline_base(tmp_path / "base")
+    base = adapters.language_base(tmp_path / "base")
+    return adapters.written(
+        dialect, adapters.source(adapters.part(adapters.Q0)), base
+    ), base
+
+
+EVIDENCE = {
+    "peft": "adapter_config.json names peft_type 'LORA'",
+    "mlx": "adapter_config.json names fine_tune_type and lora_parameters",
+    "kohya": "every tensor is named lora_unet_… or lora_te…; its header names "
+    "ss_network_module 'networks.lora'",
+    "diffusers": "its header holds lora_adapter_metadata",
+    "loralib": "every tensor is named ….lora_A or ….lora_B",
+    "gguf": "it begins with the bytes GGUF",
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_a_dialect_writes_is_detected_with_evidence_and_opened(dialect, tmp_path):
+    files, base = example(dialect, tmp_path)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    fill(folder, files)
+
+    found = detect(folder)
+    source = open_adapter(folder, ReadOptions(base=base, alpha=4.0))
+
+    assert (found.dialect.name, found.evidence) == (dialect, (EVIDENCE[dialect],))
+    assert [update.scaling for update in source.updates] == [2.0]
+
+
+def test_file_of_weights_may_be_given_in_place_of_its_folder(tmp_path):
+    name = "Copy of adapter_model.safetensors"
+    fill(tmp_path, {"adapter_config.json": LORA, name: WEIGHTS, "more.safetensors": b"no"})
+
+    source = open_adapter(tmp_path / name)
+
+    assert [update.target for update in source.updates] == ["x"]
+
+
+def test_config_of_two_dialects_is_asked_about(tmp_path):
+    both = json.loads(LORA) | {"fine_tune_type": "lora"}
+    fill(tmp_path, {"adapter_config.json": json.dumps(both).encode()})
+    fill(tmp_path, {"adapter_model.safetensors": WEIGHTS})
+
+    with pytest.raises(FormatError) as error:
+        open_adapter(tmp_path)
+
+    assert "can be read as PEFT's: adapter_config.json names" in error.value.problem
+    assert "or as MLX-LM's: adapter_config.json names" in error.value.problem
+    assert error.value.hint.endswith("--from`: peft or mlx")
+    with pytest.raises(FormatError, match="'fine_tune_type' is not known"):
+        open_adapter(tmp_path, dialect="peft")
+
+
+def test_several_adapters_in_a_folder_are_asked_about(tmp_path):
+    one, _ = example("kohya", tmp_path / "1")
+    two, _ = example("diffusers", tmp_path / "2")
+    fill(tmp_path, one | two)
+
+    with pytest.raises(FormatError, match="there are several adapters: "):
+        detect(tmp_path)
+
+    assert detect(tmp_path / "lora.safetensors").dialect.name == "kohya"
+
+
+def test_model_beside_an_adapter_is_not_taken_for_one(tmp_path):
+    files, _ = example("kohya", tmp_path / "1")
+    model = tensor_bytes({"conv.weight": ("F32", (2, 3))})
+    fill(tmp_path, files | {"model.safetensors": model})
+
+    assert detect(tmp_path).weights_name == "lora.safetensors"
+
+
+NAMES = [
+    ("w_a_000", "home-made, without paths of modules"),
+    ("diffusion_model.x.lora_A.weight", "FLUX's in the layout of BFL or ComfyUI"),
+    ("bert.loras.x.lora_A", "AdapterHub's, which is not read yet"),
+    ("model.layers.0.q.lora_A.weight", "of no dialect that is read"),
+    ("x.lora_a", "there is no adapter_config.json beside it"),
+]
+
+
+@pytest.mark.parametrize(("name", "problem"), NAMES)
+def test_names_that_are_not_read_are_refused_by_name(name, problem, tmp_path):
+    tensors = {name: ("F32", (2, 3)), name.replace("_a", "_b"): ("F32", (3, 2))}
+    fill(tmp_path, {"x.safetensors": tensor_bytes(tensors)})
+
+    with pytest.raises(FormatError) as error:
+        open_adapter(tmp_path)
+
+    assert problem in error.value.problem
+
+
+def test_weights_without_tensors_are_refused(tmp_path):
+    fill(tmp_path, {"x.safetensors": tensor_bytes({})})
+
+    with pytest.raises(FormatError, match="holds no tensors"):
+        open_adapter(tmp_path)
+
+
+def test_package_is_read_as_peft_whatever_else_it_could_be():
+    files = {"adapter_config.json": b'{"fine_tune_type":"lora"}'}
+
+    with pytest.raises(FormatError, match="names no peft_type"):
+        source_from_files(files.__getitem__, files, where="blobs")

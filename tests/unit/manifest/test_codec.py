@@ -54,6 +54,19 @@ BAD = [
     (changed() + b"\n", "not in canonical form", "lorahub.json"),
     (changed(name="Style/X"), "matching regex", "lorahub.json#/name"),
     (changed(version="1.0"), "matching regex", "lorahub.json#/version"),
+    (
+        changed(version="1.0." + "9" * 5000),
+        "matching regex",
+        "lorahub.json#/version",
+    ),
+    (
+        changed(manifest_version="1." + "9" * 5000),
+        "matching regex",
+        "lorahub.json#/manifest_version",
+    ),
+    (changed(summary="verse\nverified"), "matching regex", "lorahub.json#/summary"),
+    (changed(license="MIT\x1b[2J"), "matching regex", "lorahub.json#/license"),
+    (b'{"manifest_version":"1.0","summary":"\\ud800"}', "canonical", "lorahub.json"),
     (changed(base__root="sha256:00"), "matching regex", "lorahub.json#/base/root"),
     (changed(base__targets=[]), "length >= 1", "lorahub.json#/base/targets"),
     (

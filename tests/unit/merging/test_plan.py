@@ -84,6 +84,7 @@ def test_other_files_are_copied_and_misleading_ones_left_out(folder, source, tmp
         (copy / name).write_text("{}")
     (copy / "adapter_config.json").write_text("{}")
     (copy / "original").mkdir()
+    (copy / "vocab.json").symlink_to("nowhere")
 
     result = planned(copy, Part(source))
 
@@ -94,7 +95,13 @@ def test_other_files_are_copied_and_misleading_ones_left_out(folder, source, tmp
         "model.safetensors.index.json",
         "tokenizer.json",
     )
-    assert result.left_out == ("README.md", "adapter_config.json", "pytorch_model.bin")
+    assert result.left_out == (
+        "README.md",
+        "adapter_config.json",
+        "original",
+        "pytorch_model.bin",
+        "vocab.json",
+    )
 
 
 def test_is_printed_for_people_and_as_json(folder, source):

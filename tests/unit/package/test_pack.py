@@ -206,7 +206,16 @@ def test_author_s_words_stay_below_the_front_matter(adapter, base):
 
 @pytest.mark.parametrize(
     "name",
-    [None, "/home/someone/models/llama", "../llama", "~/llama", "llama", "a/b/c", "C:\\x"],
+    [
+        None,
+        "/home/someone/models/llama",
+        "../llama",
+        "~/llama",
+        "llama",
+        "a/b/c",
+        "C:\\x",
+        "a" * 5000 + "/b",
+    ],
 )
 def test_what_is_no_name_on_a_hub_is_never_published(name, base, tmp_path):
     source = tiny_adapter(tmp_path / "adapter", base_name=name)
@@ -317,3 +326,11 @@ def test_folder_that_is_not_empty_is_left_alone(adapter, base, tmp_path):
         write_package(plan(adapter, base), tmp_path / "out")
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_tokenizer_that_names_code_to_run_is_refused(adapter, base):
+    text = '{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}}'
+    (adapter / "tokenizer_config.json").write_text(text)
+
+    with pytest.raises(FormatError, match="auto_map"):
+        plan(adapter, base)

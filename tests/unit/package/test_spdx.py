@@ -44,3 +44,11 @@ def test_expressions_are_accepted_and_name_their_licences(text, names):
 def test_what_is_no_expression_is_refused(text, problem):
     with pytest.raises(InputError, match=problem):
         check_license(text)
+
+
+@pytest.mark.parametrize("text", ["(" * 499, "(" * 100 + "MIT" + ")" * 100, "MIT OR " * 99])
+def test_an_expression_without_end_is_refused_and_not_repeated(text):
+    with pytest.raises(InputError, match="no SPDX expression") as caught:
+        check_license(text)
+
+    assert len(caught.value.problem) < 300

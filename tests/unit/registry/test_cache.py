@@ -1,8 +1,10 @@
 """Packages in the cache are whole, read-only, and told when damaged."""
 
 import os
+import shutil
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
@@ -134,4 +136,20 @@ def test_use_keeps_a_package_from_being_pruned(cache, made):
 def test_an_empty_cache_has_nothing(cache):
     assert cache.list() == ()
     assert cache.verify() == ()
+    assert cache.prune().packages == 0
+
+
+def test_a_cache_that_cannot_be_looked_at_is_told(made):
+    cache = Cache(Path("/", "a" * 5000))
+
+    with pytest.raises(StoreError, match="cannot be read"):
+        cache.get(made.digest)
+
+
+def test_a_package_that_another_process_prunes_is_passed_over(cache, made, monkeypatch):
+    folder = put(cache, made)
+    listed = cache.list()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(cache, "list", lambda: listed)
+
     assert cache.prune().packages == 0

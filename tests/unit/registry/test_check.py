@@ -1,5 +1,7 @@
 """A whole registry: sound, or every way in which it is not."""
 
+import os
+
 import pytest
 
 from lora_hub import canonical, strict_json
@@ -158,3 +160,34 @@ def test_goes_on_after_the_first_problem(registry, made, tmp_path):
     registry.store.delete(blob_path(other.entry("README.md").sha256))
 
     assert len(check(registry)) == 2
+
+
+def test_an_event_under_a_second_name_is_told(registry, made):
+    registry.store.write(
+        "index/style/tiny/0000002.json", [registry.store.read(EVENT)], if_absent=True
+    )
+
+    (problem,) = check(registry)
+
+    assert "0000002.json" in problem.where
+    assert "none of a registry" in problem.message
+
+
+def test_a_blob_beyond_all_packages_is_not_read(tmp_path):
+    registry = init(tmp_path / "registry", "team")
+    push(package(tmp_path / "package"), registry, public_key=PUBLIC)
+    blob = next(path for path in tmp_path.glob("registry/blobs/*/*/*"))
+    os.truncate(blob, 1 << 42)  # sparse: it takes no space
+
+    problems = check(registry)
+
+    assert any("those of packages have at most" in found.message for found in problems)
+
+
+def test_what_is_wrong_with_a_key_is_said_once(registry, made, tmp_path):
+    push(package(tmp_path / "b", version="1.1.0"), registry)
+    forge(registry, "keys/style/000001.json", keys=["junk"])
+
+    (problem,) = check(registry)
+
+    assert "a key cannot be read" in problem.message

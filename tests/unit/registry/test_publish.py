@@ -204,3 +204,10 @@ def test_after_rotation_the_new_key_publishes_and_the_old_does_not(registry, tmp
 
     with pytest.raises(TrustError, match="signed with another key"):
         push(package(tmp_path / "r", version="1.2.0"), registry)
+
+
+def test_a_reason_is_one_line(registry, tmp_path):
+    push(package(tmp_path / "p"), registry, public_key=PUBLIC)
+
+    with pytest.raises(InputError, match="line break"):
+        yank(registry, "style/tiny", "1.0.0", "broken\nstyle/tiny is fine", KEY)

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from lora_hub import digest
@@ -14,7 +15,7 @@ from lora_hub.errors import (
     StoreError,
     TrustError,
 )
-from lora_hub.registry import documents
+from lora_hub.registry import chain, documents
 from lora_hub.registry.publish import push, rotate, unyank, yank
 from lora_hub.registry.registry import Registry, init, open_registry
 from lora_hub.registry.stores.memory import MemoryStore
@@ -158,7 +159,7 @@ def test_blobs_are_compared_with_their_names(registry):
 
     with pytest.raises(IntegrityError, match=r"expected sha256:"):
         registry.blob(name, max_bytes=7)
-    with pytest.raises(StoreError, match="at most 3"):
+    with pytest.raises(IntegrityError, match="at most 3"):
         registry.blob(name, max_bytes=3)
     with pytest.raises(NotFoundError):
         registry.blob(digest.of_bytes(b"absent"), max_bytes=7)
@@ -297,3 +298,61 @@ def test_keys_of_another_namespace_are_told(full):
 
     with pytest.raises(IntegrityError, match="the keys are those of 'style'"):
         full.keys("prose")
+
+
+def test_a_stray_file_beside_the_events_is_no_name(full):
+    full.store.write("index/style/zz/notes.txt", [b""], if_absent=True)
+
+    assert list(full.names()) == ["style/other", "style/tiny"]
+
+
+def test_a_home_that_does_not_exist_is_bad_input():
+    with pytest.raises(InputError, match="no such user"):
+        open_registry("~no-such-user/registry")
+
+
+def test_a_number_has_one_name(full):
+    event = full.store.read("index/style/tiny/000002.json")
+
+    for name in ("0000009.json", "\u0660\u0660\u0660\u0660\u0660\u0669.json"):
+        assert chain.seq_of(name) is None
+    assert chain.seq_of("000009.json") == 9
+    assert chain.seq_of("1000000.json") == 1_000_000
+    full.store.write("index/style/tiny/0000009.json", [event], if_absent=True)
+    assert len(full.events("style/tiny")) == 4
+
+
+@pytest.mark.parametrize(
+    ("pem", "problem"),
+    [("junk", "cannot be read: no public key"), (PUBLIC.decode() + "\n", "one spelling")],
+)
+def test_a_key_that_is_none_is_told_with_its_file(full, pem, problem):
+    path = "keys/style/000001.json"
+    event = documents.decode(full.store.read(path), documents.KeyEvent, where=path)
+    changed = documents.encode(msgspec.structs.replace(event, keys=(pem,)))
+    full.store.write(path, [changed], if_absent=False)
+
+    with pytest.raises(IntegrityError, match=problem) as caught:
+        full.keys("style")
+
+    assert caught.value.where.endswith(path)
+
+
+def test_an_event_that_nobody_could_read_is_not_written(full):
+    many = [keys.public_pem(another_key()) for _ in range(33)]
+
+    with pytest.raises(DocumentError, match="length <= 32"):
+        rotate(full, "style", many, KEY)
+
+    assert full.keys("style") == (PUBLIC,)
+
+
+def test_what_stands_in_the_place_of_the_next_event_is_named(tmp_path):
+    registry = init(tmp_path / "registry", "team")
+    push(package(tmp_path / "a"), registry, public_key=PUBLIC)
+    (tmp_path / "registry/index/style/tiny/000002.json").mkdir()
+
+    with pytest.raises(StoreError, match="in the way") as caught:
+        push(package(tmp_path / "b", version="1.1.0"), registry)
+
+    assert caught.value.where.endswith("index/style/tiny/000002.json")

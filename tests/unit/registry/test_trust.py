@@ -200,7 +200,7 @@ def test_add_refuses(trust):
         trust.add("style", [])
     with pytest.raises(InputError, match="no public key"):
         trust.add("style", [b"hello"])
-    with pytest.raises(InputError, match="name is"):
+    with pytest.raises(InputError, match="cannot be a namespace"):
         trust.add("../style", [PUBLIC])
 
 
@@ -210,3 +210,13 @@ def test_a_damaged_pin_believes_nothing(trust, registry):
 
     with pytest.raises(DocumentError):
         trust.check("style", registry)
+
+
+def test_a_damaged_pin_is_told_with_the_way_out(trust):
+    trust.add("style", [PUBLIC])
+    (trust.folder / "style.json").write_bytes(b"")
+
+    with pytest.raises(DocumentError) as caught:
+        trust.get("style")
+
+    assert "remove the damaged file" in caught.value.hint

@@ -102,3 +102,36 @@ def test_gradients_flow_through_to_the_input():
 
     assert x.grad is not None
     assert module.weight.grad is None
+
+
+def test_is_used_in_training_although_made_in_inference_mode():
+    with torch.inference_mode():
+        terms = [(update(), 1.0)]
+        effect = Effect(terms, layer())
+    module = layer()
+    module.register_forward_hook(effect, with_kwargs=True)
+    x = torch.randn(3, INP, dtype=torch.float64, requires_grad=True)
+
+    module(x).sum().backward()
+
+    assert x.grad is not None
+
+
+def test_a_dry_run_on_the_meta_device_loses_no_number():
+    module, terms = layer(), [(update(), 1.0)]
+    effect = Effect(terms, module)
+    x = torch.randn(3, INP, dtype=torch.float64)
+    dry = x.to("meta")
+
+    shape = effect(layer().to("meta"), (dry,), {}, torch.empty(3, OUT, device="meta")).shape
+
+    assert shape == (3, OUT)
+    found = effect(module, (x,), {}, module(x))
+    assert torch.allclose(found, changed(module, terms, x))
+
+
+def test_knows_when_its_dtype_cannot_hold_the_numbers():
+    terms = [(update(torch.float16), 1e6)]
+
+    assert not Effect(terms, layer(torch.float16)).is_finite
+    assert Effect(terms, layer(torch.float32)).is_finite

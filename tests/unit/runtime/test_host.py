@@ -359,3 +359,52 @@ def test_is_shown_with_what_it_holds(host):
     host.use({"tiny/one": 0.5})
 
     assert repr(host) == "Host(LlamaForCausalLM, loaded: tiny/one, used: tiny/one=0.5)"
+
+
+def test_compiled_code_sees_what_is_used(host, model, sources):
+    host.load("one")
+    compiled = torch.compile(model, backend="eager")
+    before = logits(compiled)
+
+    host.use("one")
+    used = logits(compiled)
+    host.use(None)
+
+    check(used, with_deltas([(sources["one"], 1.0)]))
+    check(logits(compiled), before)
+
+
+def test_a_layer_that_was_replaced_is_not_used_in_vain(host, model):
+    host.load("one")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = torch.nn.Linear(16, 16, bias=False)
+
+    with pytest.raises(FitError, match=r"layers\.1\.self_attn\.q_proj was replaced"):
+        host.use("one")
+
+    assert dict(host.used) == {}
+
+
+def test_refuses_weights_that_overflow_what_is_computed_in(host, model):
+    host.load("one")
+
+    with pytest.raises(InputError, match="not finite"):
+        host.use({"tiny/one": 1e39})
+
+    assert dict(host.used) == {}
+
+
+@pytest.mark.parametrize("what", [["tiny/one"], 5])
+def test_refuses_what_names_no_weights(host, what):
+    with pytest.raises(InputError, match="expected a name"):
+        host.use(what)
+
+
+def test_the_same_bits_without_a_digest_are_the_same_adapter(model, sources):
+    host = Host(model)
+    host.load(load(sources["one"]), as_="mine")
+
+    host.load(load(sources["one"]), as_="mine")
+
+    with pytest.raises(InputError, match="another adapter"):
+        host.load(load(sources["two"]), as_="mine")

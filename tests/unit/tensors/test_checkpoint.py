@@ -1,6 +1,7 @@
 """A checkpoint folder as one table, and folders that are none."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -176,3 +177,17 @@ def test_a_broken_file_is_named(tmp_path, name, text, error):
 
     assert type(caught.value) is error
     assert name in str(caught.value.where)
+
+
+def test_a_pipe_as_the_config_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(sharded(tmp_path) / "config.json")
+
+    with pytest.raises(DocumentError, match="no regular file"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_checkpoint_without_tensors_is_none(tmp_path):
+    (tmp_path / INDEX).write_text('{"weight_map": {}}')
+
+    with pytest.raises(InputError, match="holds no tensors"):
+        Checkpoint.open(tmp_path)

@@ -94,7 +94,7 @@ MALFORMED = {
         raw(b'{"__metadata__":{"a":"1","a":"2"}}'),
         "the key 'a' stands twice",
     ),
-    "metadata null": (raw({"__metadata__": None}), "__metadata__ is null"),
+    "metadata a text": (raw({"__metadata__": "pt"}), "__metadata__ is a text"),
     "metadata with a number": (raw({"__metadata__": {"a": 1}}), "entry 'a' is a number"),
     "metadata nested": (raw({"__metadata__": {"a": {}}}), "entry 'a' is an object"),
     "entry null": (raw({"t": None}), "the entry is null"),
@@ -145,6 +145,10 @@ MALFORMED = {
     "hole in the middle": (
         raw(two([0, 4], [6, 8]), BYTES),
         "leaves a hole: it begins at 6, expected 4",
+    ),
+    "an offset of 4000 digits": (
+        raw(one(data_offsets=[10**4000, 10**4000 + 8]), BYTES),
+        "data_offsets holds a number of 2**63 or more",
     ),
     "overlap": (raw(two([0, 4], [2, 8]), BYTES), "overlaps the tensor before it"),
     "one inside the other": (raw(two([0, 8], [2, 4]), BYTES), "overlaps the tensor"),
@@ -221,6 +225,12 @@ def test_a_header_length_that_looks_like_a_pickle_is_read():
     data = raw(text)
 
     assert parse_header(data, len(data), where="file").data_start == 648
+
+
+def test_metadata_null_is_none_as_mlx_writes_it():
+    data = raw(b'{"__metadata__":null}')
+
+    assert parse_header(data, len(data), where="file").metadata == {}
 
 
 def test_gives_tensors_in_the_order_of_their_bytes():

@@ -11,9 +11,8 @@ from lora_hub.registry.publish import push
 from lora_hub.registry.registry import init
 from lora_hub.registry.trust import TrustStore
 from lora_hub.signing import keys
-from lora_hub.validation.reports import REPORTS
 from lora_hub.validation.rules import RULES
-from lora_hub.validation.run import validate
+from lora_hub.validation.run import MANY, check_all, validate
 from tests.builders import sign_package, tiny_adapter, tiny_package
 
 KEY = keys.generate()
@@ -262,28 +261,44 @@ def test_changed_blob_in_a_registry_is_an_error(registry, folder):
     assert ("LH050", "error") in rules(registry)
 
 
-# ── reports ──────────────────────────────────────────────────────────────────────────
+# ── many at once ─────────────────────────────────────────────────────────────────────
 
 
-def test_reports_say_the_same_as_text_and_as_json(folder):
-    (folder / "model.sig").unlink()
-    (folder / "extra.py").touch()
-    found = validate(folder)
+def test_folder_of_packages_and_adapters_means_each_of_them_in_order(folder, tmp_path):
+    team = tmp_path / "team"
+    shutil.copytree(folder, team / "b" / "verse")
+    tiny_adapter(team / "a", base_name=None)
+    (team / ".git").mkdir()
 
-    text = REPORTS["text"](found)
-    value = json.loads(REPORTS["json"](found))
+    checked = check_all([team])
 
-    assert text.splitlines()[0] == (
-        f"error LH012 {folder}/extra.py: the manifest does not list it"
-    )
-    assert text.endswith("\n1 error, 1 warning")
-    assert [one["rule"] for one in value["findings"]] == ["LH012", "LH040"]
-    assert set(value["findings"][0]) == {"rule", "severity", "where", "message", "hint"}
+    assert [each.subject for each in checked] == [str(team / "a"), str(team / "b/verse")]
+    assert [[one.rule for one in each.findings] for each in checked] == [
+        ["LH024"],
+        ["LH043"],
+    ]
 
 
-def test_report_of_nothing_says_so():
-    assert REPORTS["text"](()) == "no findings"
-    assert json.loads(REPORTS["json"](())) == {"findings": []}
+def test_file_means_its_folder_and_no_folder_is_checked_twice(folder):
+    checked = check_all([folder / "lorahub.json", folder / "README.md", folder])
+
+    assert [each.subject for each in checked] == [str(folder)]
+
+
+def test_registry_below_a_folder_is_checked_as_a_registry(registry, tmp_path):
+    assert str(tmp_path / "registry") in [each.subject for each in check_all([tmp_path])]
+
+
+def test_many_processes_find_what_one_finds_in_the_same_order(folder, tmp_path):
+    for number in range(MANY):
+        shutil.copytree(folder, tmp_path / "many" / f"{number:03d}")
+    (tmp_path / "many" / "041" / "extra.py").touch()
+
+    one = check_all([tmp_path / "many"])
+    two = check_all([tmp_path / "many"], processes=2)
+
+    assert two == one
+    assert [each.subject[-3:] for each in two if len(each.findings) > 1] == ["041"]
 
 
 def test_every_rule_says_why_and_how_to_mend():

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from lora_hub.errors import NotFoundError, StoreError
+from lora_hub.errors import IntegrityError, NotFoundError, StoreError
 from lora_hub.registry.stores.local import LocalStore
 from lora_hub.registry.stores.memory import MemoryStore
 from lora_hub.registry.stores.protocol import Stat
@@ -65,7 +65,7 @@ def test_reads_no_more_than_the_limit(store):
     store.write("a", [b"12345"], if_absent=True)
 
     assert store.read("a", max_bytes=5) == b"12345"
-    with pytest.raises(StoreError, match="at most 4"):
+    with pytest.raises(IntegrityError, match="at most 4"):
         store.read("a", max_bytes=4)
 
 
@@ -154,3 +154,11 @@ def test_local_does_not_list_what_a_killed_writer_left(tmp_path):
     (tmp_path / ".tmp-abc").write_text("half")
 
     assert list(LocalStore(tmp_path).list("")) == []
+
+
+def test_gives_a_file_in_pieces(store):
+    store.write("a", [b"12", b"345"], if_absent=True)
+
+    assert b"".join(store.chunks("a")) == b"12345"
+    with pytest.raises(NotFoundError):
+        list(store.chunks("b"))

@@ -1,0 +1,169 @@
+"""How fast is `validate` beside the hash of the same bytes?
+
+    python benchmarks/validate.py [PACKAGES]
+
+Makes PACKAGES (1,000 without) signed packages of 2 MB each in a temporary folder, the
+adapter being random numbers of rank 8 for 60 targets. Then, in turn and three times, what
+the disk cache holds is hashed with SHA-256 by as many threads as there are cores, and
+validated; the medians and their ratio are printed. The aim is a ratio of at least 0.6.
+Manifests alone (read, schema, canonical form, consistency) are counted on one core and
+with a process for each core; the aim is 2,000 a second on two.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_hub import digest
+from lora_hub.formats import peft
+from lora_hub.formats.detect import open_adapter
+from lora_hub.manifest import codec
+from lora_hub.manifest import document as d
+from lora_hub.package import derived, layout
+from lora_hub.registry.trust import TrustStore
+from lora_hub.signing import keys
+from lora_hub.signing.sign import sign
+from lora_hub.tensors.write import chunks_of
+from lora_hub.validation.manifest import check_bytes
+from lora_hub.validation.run import check_all
+
+ROUNDS = 3
+RANK, HIDDEN, LAYERS = 8, 512, 30
+AIM, AIM_MANIFESTS = 0.6, 2000
+CORES = os.cpu_count() or 1
+
+
+def make_package(folder: Path, seed: int, key: Any) -> None:
+    """Fill the folder with a package of its own random weights, about 2 MB."""
+    folder.mkdir()
+    numbers = np.random.default_rng(seed)
+    arrays = {}
+    shapes = {}
+    for layer in range(LAYERS):
+        for name in ("q_proj", "v_proj"):
+            target = f"model.layers.{layer}.self_attn.{name}"
+            shapes[target] = (HIDDEN, HIDDEN)
+            for tensor, shape in zip(
+                peft.tensor_names(target), ((RANK, HIDDEN), (HIDDEN, RANK)), strict=True
+            ):
+                arrays[tensor] = numbers.standard_normal(shape, dtype="f4")
+    specs = [(name, "F32", arrays[name].shape) for name in sorted(arrays)]
+    chunks = chunks_of(specs, lambda name: (arrays[name].tobytes(),))
+    (folder / peft.WEIGHTS_NAME).write_bytes(b"".join(map(bytes, chunks)))
+    config = peft.build_config(
+        dict.fromkeys(shapes, (RANK, 16.0)), "alpha/r", base_name="lab/base"
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text(f"# Package {seed}\n")
+    (folder / d.MANIFEST_NAME).write_bytes(codec.encode(manifest(folder, seed, shapes)))
+    digests = {path.name: digest.of_file(path)[0] for path in folder.iterdir()}
+    (folder / "model.sig").write_bytes(sign(digests, subject=folder.name, key=key))
+
+
+def manifest(folder: Path, seed: int, shapes: dict[str, tuple[int, int]]) -> d.Manifest:
+    modules = derived.modules_of(open_adapter(folder))
+    sha256 = digest.of_bytes(b"")
+    files = []
+    for path in sorted(folder.iterdir()):
+        found, size = digest.of_file(path)
+        role = layout.role_of(path.name)
+        files.append(d.File(path=path.name, role=role, size=size, sha256=found))  # type: ignore[arg-type]
+    return d.Manifest(
+        manifest_version=d.MANIFEST_VERSION,
+        name=f"bench/package-{seed}",
+        version="1.0.0",
+        kind=derived.kind_of(modules),
+        summary="random numbers",
+        created="2026-01-01T00:00:00Z",
+        license="Apache-2.0",
+        base=d.Base(
+            root=sha256,
+            struct=sha256,
+            targets=tuple(
+                d.BaseTarget(module=target, shape=shape, dtype="BF16", sha256=sha256)
+                for target, shape in sorted(shapes.items())
+            ),
+            config=d.BaseConfig(model_type="llama"),
+        ),
+        adapter=d.AdapterInfo(
+            format="peft-safetensors", modules=modules, summary=derived.summary_of(modules)
+        ),
+        task=d.Task(id="text-generation"),
+        files=tuple(files),
+    )
+
+
+def hash_all(files: Sequence[Path]) -> None:
+    def one(path: Path) -> bytes:
+        return hashlib.sha256(path.read_bytes()).digest()
+
+    with ThreadPoolExecutor(CORES) as pool:
+        assert len(list(pool.map(one, files))) == len(files)
+
+
+def validate_all(folder: Path) -> None:
+    found = [one for each in check_all([folder], processes=CORES) for one in each.findings]
+    assert not found, found[0]
+
+
+def check_manifests(documents: Sequence[bytes]) -> int:
+    for data in documents:
+        _, found = check_bytes(data, "lorahub.json")
+        assert not found, found[0]
+    return len(documents)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["LORAHUB_HOME"] = str(Path(temporary, "home"))
+        folder = Path(temporary, "packages")
+        folder.mkdir()
+        key = keys.private_key(keys.generate())
+        TrustStore().add("bench", [keys.public_pem(key)])
+        for seed in range(count):
+            make_package(folder / f"package-{seed:05d}", seed, key)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        size_bytes = sum(path.stat().st_size for path in files)
+        hashing, validating = [], []
+        for _ in range(ROUNDS):
+            hashing.append(seconds(lambda: hash_all(files)))
+            validating.append(seconds(lambda: validate_all(folder)))
+        documents = [path.read_bytes() for path in folder.glob(f"*/{d.MANIFEST_NAME}")]
+    hash_s, validate_s = statistics.median(hashing), statistics.median(validating)
+    ratio = hash_s / validate_s
+    print(f"{count} packages, {size_bytes / 1e6:.0f} MB, {CORES} cores, median of {ROUNDS}")
+    print(f"SHA-256   {hash_s:7.2f} s  {size_bytes / hash_s / 1e6:7.0f} MB/s")
+    print(f"validate  {validate_s:7.2f} s  {size_bytes / validate_s / 1e6:7.0f} MB/s")
+    print(f"ratio     {ratio:7.2f}    aim: at least {AIM}")
+    one_core = count / seconds(lambda: check_manifests(documents))
+    with ProcessPoolExecutor(CORES) as pool:
+        list(pool.map(check_manifests, [documents[:1]] * CORES))  # the processes are up
+        parts = [documents[index::CORES] for index in range(CORES)]
+        all_cores = count / seconds(lambda: list(pool.map(check_manifests, parts)))
+    size = statistics.mean(map(len, documents)) / 1e3
+    print(
+        f"manifests {one_core:7.0f}/s on one core, {all_cores:.0f}/s on {CORES} "
+        f"({size:.0f} kB each, {2 * LAYERS} targets); aim: {AIM_MANIFESTS}/s"
+    )
+    return 0 if ratio >= AIM and all_cores >= AIM_MANIFESTS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Findings about texts that show a reader something else than what is there.
+
+Control characters and escape sequences steer a terminal; bidirectional overrides reorder
+what is shown (https://trojansource.codes). Line breaks and tabs are texts' own.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lora_hub.validation.findings import Finding, finding
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def check_text(text: str, where: str) -> list[Finding]:
+    """Return a finding where the text holds characters that steer what is shown."""
+    found = sorted(set(_STEERING.findall(text)))
+    if not found:
+        return []
+    names = ", ".join(f"U+{ord(character):04X}" for character in found[:5])
+    return [finding("LH014", where, f"the text holds {names}")]
+
+
+def check_texts(value: Any, where: str) -> list[Finding]:
+    """Return the findings about all texts of a JSON value, keys too."""
+    return [
+        one for text, at in _texts(value, "") for one in check_text(text, f"{where}#{at}")
+    ]
+
+
+def check_document(data: bytes, value: Any, where: str) -> list[Finding]:
+    """Return the findings about all texts of a JSON document, keys too.
+
+    Args:
+        data: the document; where nothing is escaped in it, it shows all texts at once.
+        value: what it spells.
+        where: its name.
+    """
+    if b"\\" not in data and not _STEERING.search(data.decode(errors="replace")):
+        return []
+    return check_texts(value, where)
+
+
+def _texts(value: Any, at: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield value, at or "/"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            part = f"{at}/{_plain(key)}"
+            yield key, part
+            yield from _texts(item, part)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{at}/{index}")
+
+
+def _plain(key: str) -> str:
+    shown = _STEERING.sub(lambda match: f"\\u{ord(match[0]):04x}", key)
+    return shown.replace("~", "~0").replace("/", "~1")
