@@ -25,6 +25,7 @@ from lora_hub.errors import FormatError, InputError
 from lora_hub.formats import base_names, factors
 from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
 from lora_hub.formats.factors import Factors, Matrix
+from lora_hub.formats.gguf_bounds import check_bounds
 from lora_hub.formats.source import AdapterSource
 from lora_hub.tensors import arrays
 from lora_hub.tensors.dtypes import BITS
@@ -87,6 +88,7 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
     """
     where = given.weights_where
     library = extras.require("gguf", extra="demo")
+    check_bounds(given.weights, where)
     fields, tensors = _contents(library, given.weights, where)
     kinds = fields.get("general.type"), fields.get(library.Keys.Adapter.TYPE)
     if kinds != ("adapter", "lora"):
@@ -333,14 +335,7 @@ def _contents(
                 # GGUF counts the axes from the other end.
                 shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
                 tensors[tensor.name] = Matrix(dtype, shape, tensor.data.tobytes())
-        # RecursionError: arrays may hold arrays.
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise FormatError(
                 f"is no GGUF file that can be read: {error}", where=where
             ) from error

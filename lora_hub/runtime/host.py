@@ -279,12 +279,7 @@ class Host:
     def _weights(self, what: str | Weights | None) -> dict[str, float]:
         if what is None:
             return {}
-        weights = {what: 1.0} if isinstance(what, str) else what
-        if not isinstance(weights, Mapping):
-            raise InputError(
-                f"expected a name, names with their weights, or None, not {what!r}",
-                hint='for example host.use({"style/milton": 0.5})',
-            )
+        weights = {what: 1.0} if isinstance(what, str) else dict(what)
         for name, weight in weights.items():
             self._get(name)
             if not _is_finite(weight):

@@ -5,9 +5,7 @@ registry, whose every published version is then checked as a package.
 """
 
 import contextlib
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +66,9 @@ def check_all(paths: Sequence[Path], *, processes: int = 1) -> tuple[Checked, ..
     """
     folders = subjects(paths)
     if processes > 1 and len(folders) >= MANY:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             found = list(pool.map(validate, folders, chunksize=MANY // 4))
     else:

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 REGISTRY = ROOT / "registry"
+SHAKESPEARE = "tests/assets/adapters/shakespeare"
 
 # Third-party packages; modules of the standard library and parts of these do not count.
 START = {"click", "lora_hub"}
@@ -36,8 +37,7 @@ CASES = {
         DOCUMENTS | {"numpy"},
     ),
     "convert": (
-        ["convert", str(ROOT / "tests/assets/adapters/shakespeare"), "--to", "mlx"]
-        + ["--out", "out"],
+        ["convert", str(ROOT / SHAKESPEARE), "--to", "mlx", "--out", "out"],
         DOCUMENTS | {"numpy"},
     ),
     "keygen": (["keygen", "--out", "key"], SIGNATURES),

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -361,17 +363,31 @@ def test_is_shown_with_what_it_holds(host):
     assert repr(host) == "Host(LlamaForCausalLM, loaded: tiny/one, used: tiny/one=0.5)"
 
 
-def test_compiled_code_sees_what_is_used(host, model, sources):
-    host.load("one")
-    compiled = torch.compile(model, backend="eager")
-    before = logits(compiled)
+COMPILED = """
+import torch
+from lora_hub.adapter.adapter import Adapter
+from lora_hub.adapter.update import Update
+from lora_hub.runtime.host import Host
 
-    host.use("one")
-    used = logits(compiled)
-    host.use(None)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+update = Update(torch.ones(1, 4), torch.ones(4, 1), torch.ones(1, dtype=torch.float64))
+host = Host(model)
+host.load(Adapter({"0": update}), as_="ones")
+compiled = torch.compile(model, backend="eager")
+x = torch.ones(2, 4)
+base = compiled(x)
+host.use("ones")
+used = compiled(x)
+host.detach()
+print(float((used - base).min()), torch.equal(compiled(x), base))
+"""
 
-    check(used, with_deltas([(sources["one"], 1.0)]))
-    check(logits(compiled), before)
+
+def test_compiled_code_sees_what_is_used():
+    # In a process of its own: the checks of shapes in tests cannot be compiled.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+
+    assert done.stdout == "4.0 True\n", done.stderr
 
 
 def test_a_layer_that_was_replaced_is_not_used_in_vain(host, model):
@@ -380,7 +396,7 @@ def test_a_layer_that_was_replaced_is_not_used_in_vain(host, model):
     attention.q_proj = torch.nn.Linear(16, 16, bias=False)
 
     with pytest.raises(FitError, match=r"layers\.1\.self_attn\.q_proj was replaced"):
-        host.use("one")
+        host.use("tiny/one")
 
     assert dict(host.used) == {}
 
@@ -392,12 +408,6 @@ def test_refuses_weights_that_overflow_what_is_computed_in(host, model):
         host.use({"tiny/one": 1e39})
 
     assert dict(host.used) == {}
-
-
-@pytest.mark.parametrize("what", [["tiny/one"], 5])
-def test_refuses_what_names_no_weights(host, what):
-    with pytest.raises(InputError, match="expected a name"):
-        host.use(what)
 
 
 def test_the_same_bits_without_a_digest_are_the_same_adapter(model, sources):

@@ -30,7 +30,7 @@ def waivers(tmp_path):
 @pytest.fixture
 def checked(tmp_path):
     folder = str(tmp_path / "old" / "verse")
-    name = finding("LH024", f"{folder}/adapter_config.json", "the config names no base")
+    name = finding("LH024", f"{folder}/adapter_config.json", "the adapter names no base")
     return (Checked(folder, (name, finding("LH031", folder, "zero"))),)
 
 
