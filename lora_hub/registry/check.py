@@ -11,8 +11,8 @@ from lora_hub.registry.documents import PublishEvent
 from lora_hub.registry.fetch import open_published
 from lora_hub.registry.problem import Problem, noted
 from lora_hub.registry.publish import describe
-from lora_hub.registry.registry import CONFIG, Registry, blob_path
-from lora_hub.registry.resolve import Resolved
+from lora_hub.registry.registry import CONFIG, Entry, Registry, blob_path
+from lora_hub.registry.resolve import resolved
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing.statement import SIGNATURE_NAME
 
@@ -41,10 +41,9 @@ def check(registry: Registry) -> tuple[Problem, ...]:
             registry.key_chain(namespace)
     for name in registry.names():
         with noted(problems, f"{registry.where}/index/{name}"):
-            for event in registry.events(name):
-                if isinstance(event, PublishEvent):
-                    with noted(problems, f"{name}@{event.version}"):
-                        _check_version(registry, event)
+            for entry in registry.versions(name):
+                with noted(problems, f"{name}@{entry.version}"):
+                    _check_version(registry, entry)
     # What is wrong with a key is met again at each version that it signed.
     return tuple(dict.fromkeys(problems))
 
@@ -92,11 +91,9 @@ def _check_blob(registry: Registry, path: str, named: str) -> Iterator[Problem]:
     yield from problems
 
 
-def _check_version(registry: Registry, event: PublishEvent) -> None:
-    resolved = Resolved(
-        event.name, event.version, event.package, event.signature, event.size_bytes
-    )
-    package = open_published(resolved, registry)
+def _check_version(registry: Registry, entry: Entry) -> None:
+    event = entry.event
+    package = open_published(resolved(entry), registry)
     said = describe(
         package,
         signature=package.read(SIGNATURE_NAME),
@@ -110,7 +107,8 @@ def _check_version(registry: Registry, event: PublishEvent) -> None:
             hint=_HINT,
         )
     namespace = event.name.partition("/")[0]
-    keys = registry.keys(namespace)
+    # A withdrawn version may have been signed by a key that is no longer believed.
+    keys = registry.all_keys(namespace) if entry.yanked else registry.keys(namespace)
     if not keys:
         raise TrustError(
             "nobody claimed the namespace", where=f"{registry.where}/keys/{namespace}"

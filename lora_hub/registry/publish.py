@@ -21,10 +21,10 @@ from lora_hub.registry.documents import (
     UnyankEvent,
     YankEvent,
 )
-from lora_hub.registry.registry import Registry
+from lora_hub.registry.registry import Entry, Registry
 from lora_hub.registry.trust import TrustStore
 from lora_hub.registry.verify import verify_package
-from lora_hub.signing import keys
+from lora_hub.signing import envelope, keys
 from lora_hub.signing.statement import SIGNATURE_NAME
 
 if TYPE_CHECKING:
@@ -180,8 +180,9 @@ def rotate(
 ) -> KeyEvent:
     """Let these keys, and no others, sign for the namespace from now on.
 
-    What keys left out had signed is no longer believed: leave a key out when it is lost or
-    stolen, keep it beside the new one when it merely retires.
+    What keys left out had signed is no longer believed. So a key that merely retires
+    stays beside the new one, and where one was stolen, the versions that it signed are
+    withdrawn first.
 
     Args:
         registry: where.
@@ -191,12 +192,14 @@ def rotate(
 
     Raises:
         TrustError: it does not.
-        InputError: no keys, or one that cannot be read.
+        InputError: no keys, one that cannot be read, or versions that are not withdrawn
+            would no longer be believed.
     """
     if not public_keys:
         raise InputError("no keys are given, expected at least one", where=namespace)
     pems = tuple(keys.public_pem(keys.public_key(pem)).decode() for pem in public_keys)
     _check_key(registry, namespace, key)
+    _check_kept(registry, namespace, public_keys)
 
     def build(events: tuple[KeyEvent, ...], link: Link) -> KeyEvent:
         return authority.authorize(
@@ -287,6 +290,32 @@ def _last_of(events: tuple[Event, ...], full_name: str, version: str) -> Event:
         where=full_name,
         hint=f"versions: {', '.join(known)}" if known else None,
     )
+
+
+def _check_kept(registry: Registry, namespace: str, public_keys: Sequence[bytes]) -> None:
+    """Refuse keys that would leave published versions without a signer."""
+    kept = {keys.hint(keys.public_key(pem)) for pem in public_keys}
+    lost = [
+        f"{name} {entry.version}"
+        for name in registry.names()
+        if name.startswith(f"{namespace}/")
+        for entry in registry.versions(name)
+        if entry.yanked is None and _signer_of(entry, registry) not in kept
+    ]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise InputError(
+            f"{', '.join(lost[:3])}{more}: signed with a key that is left out, and would "
+            "no longer be believed",
+            where=registry.where,
+            hint="name that key as well, if it only retires; if it was stolen, withdraw "
+            "these versions first with `lorahub yank`",
+        )
+
+
+def _signer_of(entry: Entry, registry: Registry) -> str:
+    bundle = registry.blob(entry.event.signature, max_bytes=envelope.MAX_BUNDLE_BYTES)
+    return envelope.parse(bundle, where=f"{entry.full_name} {entry.version}").hint
 
 
 def _check_key(registry: Registry, namespace: str, key: "PrivateKey") -> None:

@@ -169,6 +169,15 @@ class Registry:
         events = self.key_chain(namespace)
         return public_keys(events[-1]) if events else ()
 
+    def all_keys(self, namespace: str) -> tuple[bytes, ...]:
+        """Return the PEM texts of all keys that ever signed for the namespace.
+
+        An event stays valid when the key that signed it is later left out.
+        """
+        return tuple(
+            pem for event in self.key_chain(namespace) for pem in public_keys(event)
+        )
+
     def append_keys(
         self,
         namespace: str,
@@ -223,14 +232,8 @@ class Registry:
             published.add(event.version)
             if isinstance(event, (YankEvent, UnyankEvent)):
                 if history is None:
-                    history = self._all_keys(full_name.partition("/")[0])
+                    history = self.all_keys(full_name.partition("/")[0])
                 authority.check(record.data, event, history, where=where)
-
-    def _all_keys(self, namespace: str) -> tuple[bytes, ...]:
-        # An event stays valid when the key that signed it is later retired.
-        return tuple(
-            pem for event in self.key_chain(namespace) for pem in public_keys(event)
-        )
 
 
 def init(folder: Path, name: str) -> Registry:

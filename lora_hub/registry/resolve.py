@@ -42,12 +42,12 @@ def resolve(reference: Reference, registry: Registry) -> Resolved:
     selector = reference.selector
     exact = [entry for entry in entries if selector in (entry.version, entry.package)]
     if exact:
-        return _resolved(exact[-1])
+        return resolved(exact[-1])
     if not selector.startswith("sha256:") and not refs.is_version(selector):
         accepts = _acceptance(selector)
         for entry in reversed(entries):
             if entry.yanked is None and accepts(entry.version):
-                return _resolved(entry)
+                return resolved(entry)
     raise NotFoundError(
         _nothing(selector, entries),
         where=reference.full_name,
@@ -62,7 +62,8 @@ def _acceptance(selector: str) -> Callable[[str], bool]:
     return lambda version: wanted.contains(refs.parse_version(version))
 
 
-def _resolved(entry: Entry) -> Resolved:
+def resolved(entry: Entry) -> Resolved:
+    """Return the entry as what a reference resolves to."""
     notes: tuple[str, ...] = ()
     if entry.yanked is not None:
         notes = (f"{entry.full_name} {entry.version} was withdrawn: {entry.yanked}",)

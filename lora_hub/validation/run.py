@@ -19,7 +19,7 @@ from lora_hub.package import layout
 from lora_hub.registry.check import check as check_whole
 from lora_hub.registry.fetch import open_published
 from lora_hub.registry.registry import CONFIG, Registry, open_registry
-from lora_hub.registry.resolve import Resolved
+from lora_hub.registry.resolve import resolved
 from lora_hub.registry.trust import TrustStore
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import ADAPTER_LIMITS
@@ -152,18 +152,11 @@ def _check_registry(folder: Path) -> list[Finding]:
 
 def _check_versions(registry: Registry, name: str) -> list[Finding]:
     found = []
-    keys = registry.keys(name.partition("/")[0])
-
-    def keys_of(namespace: str) -> Sequence[bytes]:
-        return keys
-
     for entry in registry.versions(name):
-        event = entry.event
-        resolved = Resolved(
-            name, entry.version, entry.package, event.signature, event.size_bytes
-        )
+        # As in `registry.check`: a withdrawn version may outlive the belief in its key.
+        keys_of = registry.all_keys if entry.yanked else registry.keys
         with contextlib.suppress(LoraHubError):
-            package = open_published(resolved, registry)
+            package = open_published(resolved(entry), registry)
             found += check_package(
                 package.read, package.names, keys_of, where=package.where
             )

@@ -87,7 +87,8 @@ def rotate(
     """Let these public keys take the place of those believed for NAMESPACE.
 
     With --key the change is published: clients that pinned the old key follow by
-    themselves. Without, only this machine's pin moves.
+    themselves. A key that only retires is named beside the new one, so that what it signed
+    stays valid. Without --key, only this machine's pin moves.
     """
     from lora_hub.public import trusting
 

@@ -10,6 +10,7 @@ from lora_hub.errors import (
     TrustError,
 )
 from lora_hub.package.package import open_package
+from lora_hub.registry.check import check
 from lora_hub.registry.publish import push, rotate, unyank, yank
 from lora_hub.registry.registry import Registry
 from lora_hub.registry.stores.memory import MemoryStore
@@ -197,6 +198,7 @@ def test_rotate_refuses_no_keys(registry, tmp_path):
 
 def test_after_rotation_the_new_key_publishes_and_the_old_does_not(registry, tmp_path):
     push(package(tmp_path / "p"), registry, public_key=PUBLIC)
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
     new = another_key()
     rotate(registry, "style", [keys.public_pem(new)], KEY)
 
@@ -204,6 +206,32 @@ def test_after_rotation_the_new_key_publishes_and_the_old_does_not(registry, tmp
 
     with pytest.raises(TrustError, match="signed with another key"):
         push(package(tmp_path / "r", version="1.2.0"), registry)
+
+
+def problems_of(registry):
+    """What `check` says of the versions; the registry here has no config.json."""
+    return [problem for problem in check(registry) if problem.where != "config.json"]
+
+
+def test_a_rotation_that_would_orphan_a_version_is_refused(registry, tmp_path):
+    push(package(tmp_path / "p"), registry, public_key=PUBLIC)
+    new = keys.public_pem(another_key())
+
+    with pytest.raises(InputError, match="signed with a key that is left out"):
+        rotate(registry, "style", [new], KEY)
+
+    assert registry.keys("style") == (PUBLIC,)
+    rotate(registry, "style", [new, PUBLIC], KEY)  # a key that only retires is kept
+    assert problems_of(registry) == []
+
+
+def test_versions_withdrawn_before_their_key_left_are_no_problem(registry, tmp_path):
+    push(package(tmp_path / "p"), registry, public_key=PUBLIC)
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
+
+    rotate(registry, "style", [keys.public_pem(another_key())], KEY)
+
+    assert problems_of(registry) == []
 
 
 def test_a_reason_is_one_line(registry, tmp_path):

@@ -267,7 +267,14 @@ def test_a_withdrawal_by_a_stranger_is_told(full):
         full.versions("style/tiny")
 
 
+def withdraw_all(registry):
+    for name in registry.names():
+        for entry in registry.versions(name):
+            yank(registry, name, entry.version, "the key was stolen", KEY)
+
+
 def test_a_withdrawal_outlives_the_key_that_signed_it(full):
+    withdraw_all(full)
     rotate(full, "style", [keys.public_pem(another_key())], KEY)
 
     assert full.versions("style/tiny")[1].yanked
@@ -276,6 +283,7 @@ def test_a_withdrawal_outlives_the_key_that_signed_it(full):
 def test_rotation_hands_the_namespace_to_the_new_keys(full):
     new = another_key()
 
+    withdraw_all(full)
     rotate(full, "style", [keys.public_pem(new)], KEY)
 
     assert full.keys("style") == (keys.public_pem(new),)
@@ -339,7 +347,7 @@ def test_a_key_that_is_none_is_told_with_its_file(full, pem, problem):
 
 
 def test_an_event_that_nobody_could_read_is_not_written(full):
-    many = [keys.public_pem(another_key()) for _ in range(33)]
+    many = [PUBLIC, *(keys.public_pem(another_key()) for _ in range(32))]
 
     with pytest.raises(DocumentError, match="length <= 32"):
         rotate(full, "style", many, KEY)

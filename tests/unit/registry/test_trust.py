@@ -3,7 +3,7 @@
 import pytest
 
 from lora_hub.errors import DocumentError, InputError, NotFoundError, TrustError
-from lora_hub.registry.publish import push, rotate
+from lora_hub.registry.publish import push, rotate, yank
 from lora_hub.registry.registry import Registry
 from lora_hub.registry.stores.memory import MemoryStore
 from lora_hub.registry.trust import TrustStore
@@ -85,6 +85,7 @@ def test_a_changed_key_stops(trust, registry, evil):
 
 def test_a_rotation_signed_by_the_pinned_key_moves_the_pin(trust, registry):
     trust.check("style", registry)
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
     rotate(registry, "style", [pem(NEW)], KEY)
 
     verdict = trust.check("style", registry)
@@ -97,6 +98,7 @@ def test_a_rotation_signed_by_the_pinned_key_moves_the_pin(trust, registry):
 
 def test_two_rotations_at_once_move_the_pin_to_the_end(trust, registry):
     trust.check("style", registry)
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
     rotate(registry, "style", [pem(NEW)], KEY)
     rotate(registry, "style", [pem(NEWER)], NEW)
 
@@ -118,6 +120,7 @@ def test_an_older_state_of_the_registry_does_not_move_the_pin_back(trust, regist
 
 def test_a_state_before_a_key_was_left_out_stops(trust, registry):
     older = registry.key_chain("style")
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
     rotate(registry, "style", [pem(NEW)], KEY)
     trust.check("style", registry)
 
@@ -158,6 +161,7 @@ def test_a_pin_is_not_replaced_by_adding(trust):
 
 def test_two_processes_may_follow_the_same_rotation(trust, registry):
     trust.check("style", registry)
+    yank(registry, "style/tiny", "1.0.0", "the key was stolen", KEY)
     rotate(registry, "style", [pem(NEW)], KEY)
     verdict = trust.judge("style", registry.key_chain("style"), "here")
     trust.check("style", registry)
