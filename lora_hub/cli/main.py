@@ -15,7 +15,7 @@ from collections.abc import Callable
 import click
 
 from lora_hub import __version__
-from lora_hub.cli.terminal import clean
+from lora_hub.cli.terminal import line
 from lora_hub.errors import LoraHubError
 
 # name → what `lorahub --help` says of it, in the order of an adapter's life
@@ -31,7 +31,7 @@ COMMANDS = {
     "pull": "Get a package by name, checked.",
     "search": "Find adapters by words, base, task or rank.",
     "show": "Show one version of an adapter and all its versions.",
-    "yank": "Withdraw a version; pinned users keep it.",
+    "yank": "Withdraw a version; who names it still gets it.",
     "trust": "List, add, remove or rotate the keys of namespaces.",
     "cache": "List, verify or prune pulled packages.",
     "registry": "Make or check a registry.",
@@ -150,9 +150,9 @@ def guard(command: Callable[[], object]) -> int:
 
 def _say(problem: str, hint: str | None = None) -> None:
     with contextlib.suppress(OSError):  # nobody listens: the exit code still tells
-        print(clean(problem), file=sys.stderr)
+        print(line(problem), file=sys.stderr)
         if hint:
-            print(f"  hint: {clean(hint)}", file=sys.stderr)
+            print(f"  hint: {line(hint)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_hub.registry.problem import Problem
 
 # Control, format (bidirectional overrides among them), surrogate and private characters.
 _REFUSED = frozenset({"Cc", "Cf", "Cs", "Co"})
@@ -18,12 +21,17 @@ _REFUSED = frozenset({"Cc", "Cf", "Cs", "Co"})
 
 def clean(text: str) -> str:
     """Return the text with everything that could steer a terminal made visible."""
+    return "\n".join(map(line, text.split("\n")))
+
+
+def line(text: str) -> str:
+    """Return the text as one line: as `clean`, and line breaks made visible as well."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in _REFUSED
-        else f"\\u{ord(character):04x}"
+        f"\\u{ord(character):04x}"
+        if unicodedata.category(character) in _REFUSED
+        else character
         for character in text
     )
 
@@ -52,21 +60,30 @@ def out_json(value: Any) -> None:
     print(json.dumps(plain, ensure_ascii=True, indent=2))
 
 
+def problems(found: "Sequence[Problem]") -> None:
+    """Print what is wrong, each with its hint."""
+    for problem in found:
+        print(line(f"{problem.where}: {problem.message}"))
+        if problem.hint:
+            print(f"  hint: {line(problem.hint)}")
+
+
 def size(size_bytes: int) -> str:
     """Return a size a person can read, in decimal units."""
-    amount = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000 or unit == "GB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    amount, units = size_bytes / 1000, ["GB", "MB", "kB"]
+    while amount >= 1000 and len(units) > 1:
         amount /= 1000
-    return ""
+        units.pop()
+    return f"{amount:.1f} {units[-1]}"
 
 
 def table(rows: list[tuple[str, ...]]) -> None:
     """Print rows in columns as wide as their widest cell."""
     if not rows:
         return
-    rows = [tuple(clean(cell) for cell in row) for row in rows]
+    rows = [tuple(line(cell) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(

@@ -100,8 +100,8 @@ def merge(
         base: the folder of the base, checked to be the one each adapter was made for.
         adapters: {reference or folder: weight}.
         out: a folder that does not exist yet; it appears when it is whole.
-        dtype: bfloat16, float16 or float32 for all floating-point tensors; as the base
-            has them without.
+        dtype: bfloat16, float16, float32 or float64 for all floating-point tensors; as
+            the base has them without.
         policy: how strictly the base is compared; as each manifest says without.
         registry: where references are looked up.
         note: is told what a person should hear.

@@ -11,6 +11,7 @@ from lora_hub.public.keys import read_key
 if TYPE_CHECKING:
     from lora_hub.registry.publish import PushResult
     from lora_hub.registry.registry import Registry
+    from lora_hub.signing.keys import PrivateKey
 
 PathLike = str | os.PathLike[str]
 
@@ -68,37 +69,47 @@ def push(
 
 
 def yank(
-    reference: str,
-    reason: str,
-    key: PathLike,
-    *,
-    registry: PathLike | None = None,
-    undo: bool = False,
+    reference: str, reason: str, key: PathLike, *, registry: PathLike | None = None
 ) -> bool:
-    """Withdraw a version, or bring it back; return whether that changed anything.
+    """Withdraw a version; return False if it is withdrawn already.
 
     Args:
         reference: `namespace/name@version`, an exact version.
         reason: what users are told.
         key: the file of a private key of the namespace.
         registry: a folder or a configured name.
-        undo: bring it back.
 
     Raises:
         NotFoundError: there is no such version.
         TrustError: the key does not sign for the namespace.
     """
-    from lora_hub.public.find import open_registry
     from lora_hub.registry import publish
+
+    opened, parsed, private = _version_and_key(reference, key, registry)
+    return publish.yank(opened, parsed.full_name, parsed.selector, reason, private)
+
+
+def unyank(reference: str, key: PathLike, *, registry: PathLike | None = None) -> bool:
+    """Bring a withdrawn version back; return False if it is not withdrawn.
+
+    Arguments and errors as those of `yank`.
+    """
+    from lora_hub.registry import publish
+
+    opened, parsed, private = _version_and_key(reference, key, registry)
+    return publish.unyank(opened, parsed.full_name, parsed.selector, private)
+
+
+def _version_and_key(
+    reference: str, key: PathLike, registry: PathLike | None
+) -> "tuple[Registry, refs.Reference, PrivateKey]":
+    from lora_hub.public.find import open_registry
     from lora_hub.signing import keys
 
     parsed = refs.parse(reference)
     refs.parse_version(parsed.selector)
     opened = open_registry(parsed.registry or registry)
-    private = keys.private_key(read_key(key), where=str(key))
-    if undo:
-        return publish.unyank(opened, parsed.full_name, parsed.selector, private)
-    return publish.yank(opened, parsed.full_name, parsed.selector, reason, private)
+    return opened, parsed, keys.private_key(read_key(key), where=str(key))
 
 
 def pull(

@@ -41,8 +41,7 @@ def verify(as_json: bool) -> int:
     if as_json:
         terminal.out_json({"packages": len(cache.list()), "problems": problems})
         return 1 if problems else 0
-    for problem in problems:
-        terminal.out(f"{problem.where}: {problem.message}")
+    terminal.problems(problems)
     terminal.talk(f"{len(cache.list())} packages, {len(problems)} problems")
     return 1 if problems else 0
 

@@ -11,11 +11,13 @@ from lora_hub.cli import options, terminal
 @click.argument("refs", nargs=-1, required=True, metavar="REF[=W]…")
 @options.base
 @click.option(
-    "--out", required=True, type=options.FOLDER, help="The checkpoint folder to make."
+    "--out",
+    type=options.FOLDER,
+    help="The checkpoint folder to make; needed unless --plan is given.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
     help="Store floating-point tensors so.  [default: as the base has them]",
 )
 @click.option(
@@ -26,7 +28,7 @@ from lora_hub.cli import options, terminal
 def command(
     refs: tuple[str, ...],
     base: Path,
-    out: Path,
+    out: Path | None,
     dtype: str | None,
     plan_only: bool,
     registry: str | None,
@@ -34,9 +36,9 @@ def command(
 ) -> None:
     """Merge adapters into the weights of a base, as a checkpoint folder.
 
-    Tensors are streamed one block of rows at a time; all adapters are summed in float32
-    and rounded once. What is not touched keeps its bytes. The folder appears when it is
-    whole.
+    Tensors are streamed one block of rows at a time. All adapters are summed before
+    anything is rounded, and each weight is rounded once. What is not touched keeps its
+    bytes. The folder appears when it is whole.
     """
     from lora_hub import refs as grammar
     from lora_hub.public import models
@@ -48,6 +50,8 @@ def command(
         )
         terminal.out_json(plan) if as_json else terminal.out(str(plan))
         return
+    if out is None:
+        raise click.UsageError("Missing option '--out': the folder to make.")
     with terminal.progress("merging") as step:
         report = models.merge(
             base,

@@ -20,7 +20,11 @@ from lora_hub.cli import options, terminal
 @click.option(
     "--license", "license_", required=True, metavar="SPDX", help="Such as Apache-2.0."
 )
-@click.option("--out", required=True, type=options.FOLDER, help="The folder to make.")
+@click.option(
+    "--out",
+    type=options.FOLDER,
+    help="The folder to make; needed unless --dry-run is given.",
+)
 @click.option("--summary", default="", metavar="TEXT", help="One line: what it does.")
 @click.option("--author", "authors", multiple=True, metavar="NAME", help="May be repeated.")
 @click.option(
@@ -38,6 +42,12 @@ from lora_hub.cli import options, terminal
     help="Where the base is found, such as hf:org/name@commit. May be repeated.",
 )
 @click.option("--base-license", metavar="SPDX", help="The licence of the base.")
+@click.option(
+    "--extra",
+    type=options.PATH,
+    metavar="FILE",
+    help="A JSON object of further fields: training, evaluation, lineage, runtime, …",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be packed; write nothing.")
 @options.as_json
 def command(
@@ -47,12 +57,13 @@ def command(
     base: Path,
     task: str,
     license_: str,
-    out: Path,
+    out: Path | None,
     summary: str,
     authors: tuple[str, ...],
     languages: tuple[str, ...],
     hints: tuple[str, ...],
     base_license: str | None,
+    extra: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -61,6 +72,9 @@ def command(
     Every tensor is accounted for, the base is identified by its contents, and the same
     input gives the same bytes. SOURCE_DATE_EPOCH fixes the time of creation.
     """
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out': the folder to make.")
+    from lora_hub import strict_json
     from lora_hub.package.pack import write_package
     from lora_hub.public import packaging
 
@@ -76,8 +90,9 @@ def command(
         languages=languages,
         hints=hints,
         base_license=base_license,
+        extra=strict_json.read_object(extra) if extra else None,
     )
-    if not dry_run:
+    if out is not None and not dry_run:
         write_package(plan, out)
     if as_json:
         terminal.out_json({"package": plan.digest, "manifest": plan.manifest})

@@ -46,7 +46,6 @@ def check(folder: str | None, as_json: bool) -> int:
     if as_json:
         terminal.out_json({"names": names, "problems": problems})
         return 1 if problems else 0
-    for problem in problems:
-        terminal.out(f"{problem.where}: {problem.message}")
+    terminal.problems(problems)
     terminal.out(f"{registry.where}: {len(names)} names, {len(problems)} problems")
     return 1 if problems else 0

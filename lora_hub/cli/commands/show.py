@@ -45,7 +45,7 @@ def command(ref: str, registry: str | None, as_json: bool) -> None:
         ("package", resolved.package),
         ("summary", manifest.summary),
         ("task", manifest.task.id),
-        ("licence", manifest.license),
+        ("license", manifest.license),
         ("authors", ", ".join(author.name for author in manifest.authors)),
         ("created", manifest.created),
         ("base", manifest.base.root),

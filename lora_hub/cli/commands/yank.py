@@ -10,7 +10,7 @@ from lora_hub.cli import options, terminal
 
 @click.command()
 @click.argument("ref")
-@click.option("--reason", required=True, metavar="WHY", help="What users are told.")
+@click.option("--reason", metavar="WHY", help="What users are told; needed unless --undo.")
 @click.option("--undo", is_flag=True, help="Bring the version back.")
 @click.option(
     "--key",
@@ -21,7 +21,12 @@ from lora_hub.cli import options, terminal
 @options.registry
 @options.as_json
 def command(
-    ref: str, reason: str, undo: bool, key: Path | None, registry: str | None, as_json: bool
+    ref: str,
+    reason: str | None,
+    undo: bool,
+    key: Path | None,
+    registry: str | None,
+    as_json: bool,
 ) -> None:
     """Withdraw the version REF names, such as me/sql@1.0.0.
 
@@ -30,9 +35,13 @@ def command(
     """
     from lora_hub.public import publishing
 
-    changed = publishing.yank(
-        ref, reason, key or settings.default_key(), registry=registry, undo=undo
-    )
+    key = key or settings.default_key()
+    if undo:
+        changed = publishing.unyank(ref, key, registry=registry)
+    elif reason is None:
+        raise click.UsageError("Missing option '--reason': what users are told.")
+    else:
+        changed = publishing.yank(ref, reason, key, registry=registry)
     done = "is available again" if undo else "is withdrawn"
     if as_json:
         terminal.out_json({"ref": ref, "yanked": not undo, "changed": changed})

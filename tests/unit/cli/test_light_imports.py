@@ -5,15 +5,18 @@ loaded; they are compared with a list of what it may load at most.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lora_hub.cli.main import COMMANDS, run
+from tests.builders import tiny_adapter, tiny_base
+
 ROOT = Path(__file__).parents[3]
 REGISTRY = ROOT / "registry"
-SHAKESPEARE = "tests/assets/adapters/shakespeare"
 
 # Third-party packages; modules of the standard library and parts of these do not count.
 START = {"click", "lora_hub"}
@@ -24,26 +27,41 @@ SCHEMA = {
     "idna",
 }
 
+REG = ["--registry", "@registry"]
+TEXT = ["--name", "me/ad", "--version", "1.1.0", "--task", "text-generation"]
+
+# The command line (@ stands for the folder of the fixture), and what it may load.
 CASES = {
     "--version": (["--version"], START),
     "--help": (["--help"], START),
-    "validate registry": (["validate", str(REGISTRY)], SIGNATURES | SCHEMA | {"numpy"}),
-    "registry check": (["registry", "check", str(REGISTRY)], SIGNATURES),
-    "pull": (["pull", "style/milton", "--registry", str(REGISTRY)], SIGNATURES),
-    "show": (["show", "style/milton", "--registry", str(REGISTRY)], SIGNATURES),
-    "search": (["search", "--registry", str(REGISTRY)], DOCUMENTS),
-    "inspect": (
-        ["inspect", str(ROOT / "tests/assets/adapters/milton")],
-        DOCUMENTS | {"numpy"},
-    ),
-    "convert": (
-        ["convert", str(ROOT / SHAKESPEARE), "--to", "mlx", "--out", "out"],
-        DOCUMENTS | {"numpy"},
-    ),
     "keygen": (["keygen", "--out", "key"], SIGNATURES),
-    "trust list": (["trust", "list"], SIGNATURES),
-    "cache list": (["cache", "list"], DOCUMENTS),
+    "fingerprint": (["fingerprint", "@base"], DOCUMENTS),
+    "pack": (
+        ["pack", "@adapter", *TEXT, "--license", "MIT", "--base", "@base", "--out", "out"],
+        DOCUMENTS,
+    ),
+    "sign": (["sign", "@package", "--key", "@my.key"], SIGNATURES),
+    "verify": (["verify", "@package", "--key", "@my.key.pub"], SIGNATURES),
+    "validate": (["validate", str(REGISTRY)], SIGNATURES | SCHEMA | {"numpy"}),
+    "inspect": (["inspect", "@adapter"], DOCUMENTS | {"numpy"}),
+    "push": (["push", "@package", *REG], SIGNATURES),
+    "pull": (["pull", "me/ad", *REG], SIGNATURES),
+    "search": (["search", *REG], DOCUMENTS),
+    "show": (["show", "me/ad", *REG], SIGNATURES),
+    "yank": (
+        ["yank", "me/ad@1.0.0", "--reason", "x", "--key", "@my.key", *REG],
+        SIGNATURES,
+    ),
+    "trust": (["trust", "list"], SIGNATURES),
+    "cache": (["cache", "list"], DOCUMENTS),
+    "registry": (["registry", "check", str(REGISTRY)], SIGNATURES),
+    "convert": (
+        ["convert", "@adapter", "--to", "mlx", "--out", "out"],
+        DOCUMENTS | {"numpy"},
+    ),
 }
+# Mathematics on tensors and nothing else: these load torch.
+TENSORS = {"compose", "merge", "run"}
 
 PROBE = """
 import json, sys
@@ -55,14 +73,43 @@ print(json.dumps([code, sorted(loaded - set(sys.stdlib_module_names))]))
 """
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, an adapter, a key, and a package of it, signed and published."""
+    folder = tmp_path_factory.mktemp("world")
+    base, adapter, package = (str(folder / name) for name in ("base", "adapter", "package"))
+    key, registry = str(folder / "my.key"), str(folder / "registry")
+    tiny_base(Path(base))
+    tiny_adapter(Path(adapter))
+    said = ["--name", "me/ad", "--version", "1.0.0", "--task", "text-generation"]
+    places = ["--license", "MIT", "--base", base, "--out", package]
+    for command in (
+        ["keygen", "--out", key],
+        ["pack", adapter, *said, *places],
+        ["sign", package, "--key", key],
+        ["registry", "init", registry],
+        ["push", package, "--registry", registry, "--key", f"{key}.pub"],
+    ):
+        assert run(command) == 0
+    return folder
+
+
+def test_every_command_is_measured():
+    assert set(COMMANDS) - TENSORS == {case for case in CASES if not case.startswith("--")}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_command_loads_only_what_it_may(case, tmp_path, monkeypatch):
+def test_command_loads_only_what_it_may(case, world, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LORAHUB_CACHE", str(tmp_path / "cache"))
     arguments, allowed = CASES[case]
+    copy = shutil.copytree(world, tmp_path / "world")
 
     result = subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments],
+        [
+            *(sys.executable, "-c", PROBE),
+            *(f"{copy}/{text[1:]}" if text[:1] == "@" else text for text in arguments),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
