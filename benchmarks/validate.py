@@ -66,7 +66,7 @@ def make_package(folder: Path, seed: int, key: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text(f"# Package {seed}\n")
     (folder / d.MANIFEST_NAME).write_bytes(codec.encode(manifest(folder, seed, shapes)))
-    digests = {path.name: digest.of_file(path)[0] for path in folder.iterdir()}
+    digests = {path.name: digest.of_bytes(path.read_bytes()) for path in folder.iterdir()}
     (folder / "model.sig").write_bytes(sign(digests, subject=folder.name, key=key))
 
 
@@ -75,7 +75,8 @@ def manifest(folder: Path, seed: int, shapes: dict[str, tuple[int, int]]) -> d.M
     sha256 = digest.of_bytes(b"")
     files = []
     for path in sorted(folder.iterdir()):
-        found, size = digest.of_file(path)
+        data = path.read_bytes()
+        found, size = digest.of_bytes(data), len(data)
         role = layout.role_of(path.name)
         files.append(d.File(path=path.name, role=role, size=size, sha256=found))  # type: ignore[arg-type]
     return d.Manifest(

@@ -1,4 +1,4 @@
-"""SHA-256 digests, written `sha256:<64 hex>`, of bytes, files and streams.
+"""SHA-256 digests, written `sha256:<64 hex>`, of bytes.
 
 A digest names bytes; the identity of a base model is a fingerprint and lives in
 `base/identity.py`.
@@ -7,8 +7,6 @@ A digest names bytes; the identity of a base model is a fingerprint and lives in
 import hashlib
 import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Protocol
 
 from lora_hub.errors import InputError, IntegrityError
 
@@ -17,10 +15,6 @@ from lora_hub.errors import InputError, IntegrityError
 CHUNK_BYTES = 1 << 20
 
 _PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-class Readable(Protocol):
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 def of_bytes(data: bytes | bytearray | memoryview) -> str:
@@ -34,23 +28,6 @@ def of_chunks(chunks: Iterable[bytes | memoryview]) -> str:
     for chunk in chunks:
         hasher.update(chunk)
     return "sha256:" + hasher.hexdigest()
-
-
-def of_stream(stream: Readable) -> tuple[str, int]:
-    """Return the digest and the length of what is left in a binary stream."""
-    hasher = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    size_bytes = 0
-    while count := stream.readinto(buffer):
-        hasher.update(buffer[:count])
-        size_bytes += count
-    return "sha256:" + hasher.hexdigest(), size_bytes
-
-
-def of_file(path: Path) -> tuple[str, int]:
-    """Return the digest and the size of a file, read in one pass."""
-    with path.open("rb", buffering=0) as stream:
-        return of_stream(stream)
 
 
 def is_digest(text: str) -> bool:

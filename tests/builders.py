@@ -206,7 +206,7 @@ def sign_package(folder: Path, private_pem: bytes) -> Path:
     from lora_hub.signing.sign import sign
 
     files = {
-        path.name: digest.of_file(path)[0]
+        path.name: digest.of_bytes(path.read_bytes())
         for path in folder.iterdir()
         if path.name != "model.sig"
     }

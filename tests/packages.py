@@ -72,7 +72,7 @@ def package(
 def sign_folder(folder: Path, key=KEY) -> None:
     """Write `model.sig` over the files that are there."""
     digests = {
-        path.name: digest.of_file(path)[0]
+        path.name: digest.of_bytes(path.read_bytes())
         for path in folder.iterdir()
         if path.name != "model.sig"
     }
@@ -105,7 +105,8 @@ def _manifest(
     modules = derived.modules_of(open_adapter(folder))
     files = []
     for path in sorted(folder.iterdir()):
-        found, size_bytes = digest.of_file(path)
+        data = path.read_bytes()
+        found, size_bytes = digest.of_bytes(data), len(data)
         role = layout.role_of(path.name)
         files.append(File(path=path.name, role=role, size=size_bytes, sha256=found))
     return Manifest(

@@ -46,11 +46,6 @@ class Update:
         """(out_features, in_features), the shape of the base weight."""
         return self.b.shape[0], self.a.shape[1]
 
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether `b·diag(scaling)·a` is all there is, as in LoRA and rsLoRA."""
-        return self.p is None and self.q is None and self.bias is None
-
     def scaled(self, weight: float) -> "Update":
         """Return the update times a weight; the factors are shared, not copied.
 

@@ -43,7 +43,7 @@ def layers_of(
             + "; ".join(reasons[:SHOWN])
             + (f"; and {more} more" if more > 0 else ""),
             where=where,
-            hint="nothing was attached; give the model the adapter was made for, with its "
+            hint="nothing was loaded; give the model the adapter was made for, with its "
             "module names as they were",
             reasons=tuple(reasons),
         )

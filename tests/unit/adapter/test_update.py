@@ -59,11 +59,6 @@ def test_refuses_a_weight_that_overflows_float64():
         update().scaled(1e308)
 
 
-def test_is_low_rank_only_without_p_q_and_bias():
-    assert update().is_low_rank
-    assert not update(bias=vector(0, 1)).is_low_rank
-
-
 def test_annotations_refuse_factors_of_unlike_ranks():
     with pytest.raises(Exception, match="scaling"):
         update(scaling=vector(1, 2, 3))

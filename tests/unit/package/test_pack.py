@@ -58,7 +58,8 @@ def test_package_digest_is_that_of_the_manifest_file(adapter, base, tmp_path):
     package = write_package(planned, tmp_path / "out")
 
     assert package.digest == planned.digest
-    assert digest.of_file(tmp_path / "out" / "lorahub.json")[0] == planned.digest
+    data = (tmp_path / "out" / "lorahub.json").read_bytes()
+    assert digest.of_bytes(data) == planned.digest
 
 
 def test_manifest_expands_every_module(adapter, base):

@@ -42,7 +42,7 @@ def key(request, tmp_path):
 
 def digests(folder: Path) -> dict[str, str]:
     return {
-        path.name: digest.of_file(path)[0]
+        path.name: digest.of_bytes(path.read_bytes())
         for path in folder.iterdir()
         if path.is_file() and path.name != "model.sig" and not path.name.startswith(".")
     }

@@ -367,7 +367,8 @@ def test_local_path_in_the_config_of_a_package_is_a_warning(tmp_path):
     edit(tmp_path / "p", base_model_name_or_path="/home/someone/llama")
     value = json.loads(manifest.read_text())
     (entry,) = (file for file in value["files"] if file["path"] == config.name)
-    entry["sha256"], entry["size"] = digest.of_file(config)
+    entry["sha256"] = digest.of_bytes(config.read_bytes())
+    entry["size"] = config.stat().st_size
     manifest.write_bytes(canonical.encode(value))
 
     assert found(tmp_path / "p") == [("LH024", "warning"), ("LH040", "warning")]
