@@ -220,12 +220,17 @@ def _plain(part: Factors, where: str) -> Factors:
     return replace(part, alpha=alpha, rule="alpha/r")
 
 
-def is_float32(value: float) -> bool:
-    """Return whether a float64 number is one of float32 too."""
+def float32_alpha(part: Factors) -> float | None:
+    """Return the float32 alpha with alpha/rank = the part's scaling, None if there is none.
+
+    Several float64 numbers may have one scaling, so the one of float32 is looked for and
+    not `part.alpha` asked.
+    """
     try:
-        return bool(struct.unpack("<f", struct.pack("<f", value))[0] == value)
+        (alpha,) = struct.unpack("<f", struct.pack("<f", part.scaling * part.rank))
     except OverflowError:
-        return False
+        return None
+    return float(alpha) if alpha / part.rank == part.scaling else None
 
 
 def some(targets: Sequence[str]) -> str:

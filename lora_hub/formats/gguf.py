@@ -268,8 +268,8 @@ def _fold(parts: Sequence[Factors]) -> tuple[float, dict[str, float]]:
     Of the alphas the parts have, and 0 for a scaling of 1, the one that leaves most
     targets untouched; targets that no power of two brings there are left out.
     """
-    alphas = {factors.plain_alpha(part) for part in parts}
-    choices = [0.0, *sorted(a for a in alphas if a and factors.is_float32(a))]
+    alphas = {factors.float32_alpha(part) for part in parts}
+    choices = [0.0, *sorted(alpha for alpha in alphas if alpha)]
     found = []
     for alpha in choices:
         ratios = {}

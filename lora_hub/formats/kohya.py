@@ -124,9 +124,8 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
     for part in parts:
         component, path = base_names.of_component(part.target)
         names[part.target] = f"{prefixes.get(component, '')}_{path.replace('.', '_')}"
-        alpha = factors.plain_alpha(part)
-        # 0 would be read as the rank.
-        if alpha is not None and alpha and factors.is_float32(alpha):
+        alpha = factors.float32_alpha(part)
+        if alpha:  # 0 would be read as the rank
             alphas[part.target] = alpha
     inexact = [part.target for part in parts if part.target not in alphas]
     if inexact:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_hub.errors import LoraHubError, LossyConversion
+from lora_hub.formats import factors
 from lora_hub.formats.detect import DIALECTS
 from lora_hub.formats.dialect import FEATURES
 from lora_hub.scaling import alpha_of, scaling, spell
@@ -181,6 +182,15 @@ def test_any_scaling_is_spelt_to_the_last_bit_but_one(wanted, rank):
     alpha, rule = spell(wanted, rank)
 
     assert abs(scaling(alpha, rank, rule) - wanted) <= math.ulp(wanted)
+
+
+@settings(max_examples=500)
+@given(st.floats(2**-20, 2**20, width=32), st.integers(1, 512))
+def test_the_float32_alpha_is_found_whatever_float64_alpha_was_said(alpha, rank):
+    scaled = alpha / rank
+    part = adapters.part(Q0, rank=rank, alpha=alpha_of(scaled, rank, "alpha/r"))
+
+    assert factors.float32_alpha(part) == alpha
 
 
 def test_scalings_without_an_alpha():
