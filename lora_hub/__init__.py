@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lora_hub.runtime.host import Host
 
 _HOMES = {
-    "Adapter": "lora_hub.adapter.adapter",
-    "Host": "lora_hub.runtime.host",
+    "Adapter": "lora_hub.public.models",
+    "Host": "lora_hub.public.models",
     "LoraHubError": "lora_hub.errors",
     "attach": "lora_hub.public.models",
     "compose": "lora_hub.public.models",

@@ -6,7 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_hub import settings
+from lora_hub import extras, settings
+
+# Said in our words here, before the imports below would say it in Python's.
+for _module in ("torch", "jaxtyping"):
+    extras.require(_module, extra="torch")
+
 from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.adapter.save import save as save_adapter
