@@ -11,14 +11,14 @@ leave no doubt. A base whose tensors were widened exactly (bf16 loaded as float3
 because its values are the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from lora_hub.base.stored import Stored, stored
+from lora_hub.base.structure import is_resized, size
 from lora_hub.base.view import WIDER, BaseView, digests, root_of, struct_of
 from lora_hub.errors import FitError
 from lora_hub.manifest.document import Base, BaseConfig, BaseTarget, Policy
-from lora_hub.tensors.header import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +35,6 @@ class Fit:
     checked: int
     total: int
     note: str = ""
-
-
-class LowRank(Protocol):
-    """What `check_structure` asks of an update on disk: its target and its factors."""
-
-    @property
-    def target(self) -> str: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def a(self) -> TensorInfo: ...
-    @property
-    def b(self) -> TensorInfo: ...
 
 
 # Why a base does not fit, the most telling first. A type of its own, so that a judge
@@ -76,46 +63,6 @@ def check_fit(base: Base, view: BaseView, *, policy: Policy | None = None) -> Fi
     raise FitError(
         "; ".join(verdict), where=view.where, hint=_hint(base, view), reasons=verdict
     )
-
-
-def check_structure(updates: Sequence[LowRank], view: BaseView) -> None:
-    """Check that every update has a target in the base whose shape its factors match.
-
-    This is all that can be said of a bare directory, which records no base.
-
-    Raises:
-        FitError: some have not; the reasons list each.
-    """
-    reasons = tuple(
-        reason for update in updates for reason in _misfits(update, view.tensors)
-    )
-    if reasons:
-        raise FitError(
-            f"{len(reasons)} of {len(updates)} targets do not fit the base: {reasons[0]}",
-            where=view.where,
-            hint="give the base the adapter was trained on",
-            reasons=reasons,
-        )
-
-
-def _misfits(
-    update: LowRank, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> list[str]:
-    name = _tensor(update.target)
-    if name not in tensors:
-        return [f"{name} does not exist"]
-    _, shape = tensors[name]
-    a, b = update.a.shape, update.b.shape
-    if len(a) != 2 or len(b) != 2 or a[0] != update.rank or b[1] != update.rank:
-        return [
-            (
-                f"the factors of {update.target} are {_size(a)} and {_size(b)}, expected "
-                f"rank {update.rank}"
-            )
-        ]
-    if shape != (b[0], a[1]):
-        return [f"{name} is {_size(shape)}, the adapter's delta is {_size((b[0], a[1]))}"]
-    return []
 
 
 def _judge_struct(base: Base, view: BaseView) -> Fit | Reasons:
@@ -194,27 +141,31 @@ def _layers(made_for: BaseConfig, found: BaseConfig) -> Reasons:
 
 def _structure(base: Base, view: BaseView) -> Reasons:
     """Compare names and shapes of the targets."""
-    names = [_tensor(target.module) for target in base.targets]
-    missing = [name for name in names if name not in view.tensors]
+    found = [(target, _place(target, view)) for target in base.targets]
+    missing = [target.name for target, place in found if place is None]
     other = [
-        (name, target.shape)
-        for name, target in zip(names, base.targets, strict=True)
-        if name in view.tensors and view.tensors[name][1] != target.shape
+        (target, place.shape)
+        for target, place in found
+        if place is not None and place.shape != target.shape
     ]
+    total = len(base.targets)
     reasons = []
-    if len(missing) == len(names):
+    if len(missing) == total:
         reasons.append(
-            f"none of the {len(names)} targets exists in the base, first {missing[0]}"
+            f"none of the {total} targets exists in the base, first {missing[0]}"
         )
     elif missing:
         reasons.append(
-            f"{len(missing)} of {len(names)} targets do not exist, first {missing[0]}"
+            f"{len(missing)} of {total} targets do not exist, first {missing[0]}"
         )
     if other:
-        name, shape = other[0]
+        target, shape = other[0]
+        why = ""
+        if is_resized(target.name, shape, target.shape):
+            why = ": the vocabulary was resized, here or before the training"
         reasons.append(
-            f"{len(other)} of {len(names)} targets have another shape, first {name} is "
-            f"{_size(view.tensors[name][1])}, expected {_size(shape)}"
+            f"{len(other)} of {total} targets have another shape, first {target.name} is "
+            f"{size(shape)}, expected {size(target.shape)}{why}"
         )
     return tuple(reasons)
 
@@ -224,12 +175,11 @@ def _dtypes(base: Base, view: BaseView) -> Reasons:
     other = [target for target in base.targets if not _may_hold(target, view)]
     if not other:
         return ()
-    name = _tensor(other[0].module)
     return (
         (
-            f"the base holds {view.tensors[name][0]}, the adapter was made on "
+            f"the base holds {_dtype(other[0], view)}, the adapter was made on "
             f"{other[0].dtype}; {len(other)} of {len(base.targets)} targets differ, "
-            f"first {name}"
+            f"first {other[0].name}"
         ),
     )
 
@@ -237,7 +187,7 @@ def _dtypes(base: Base, view: BaseView) -> Reasons:
 def _weights(base: Base, view: BaseView) -> Reasons:
     """Compare the bytes of the targets."""
     wanted = [
-        (_tensor(target.module), target.dtype if _is_widened(target, view) else None)
+        (_named(target, view), target.dtype if _is_widened(target, view) else None)
         for target in base.targets
     ]
     other = [
@@ -250,7 +200,7 @@ def _weights(base: Base, view: BaseView) -> Reasons:
     target, found = other[0]
     return (
         f"the base holds other weights: {len(other)} of {len(base.targets)} targeted "
-        f"tensors differ, first {_tensor(target.module)} "
+        f"tensors differ, first {target.name} "
         + (
             f"is {found}, expected {target.sha256}"
             if found
@@ -296,29 +246,43 @@ def _variant(base: Base, view: BaseView, policy: Policy) -> Fit | None:
     return None
 
 
+def _place(target: BaseTarget, view: BaseView) -> Stored | None:
+    return stored(view.tensors, view.config, target.name)
+
+
+def _named(target: BaseTarget, view: BaseView) -> str:
+    """Return what the view calls the tensor; of several, the weight's."""
+    place = _place(target, view)
+    return place.parts[0] if place and len(place.parts) == 1 else target.name
+
+
+def _dtype(target: BaseTarget, view: BaseView) -> str:
+    """Return the dtype of a target, "" where the base does not have it."""
+    place = _place(target, view)
+    return place.dtype if place else ""
+
+
 def _is_widened(target: BaseTarget, view: BaseView) -> bool:
-    return view.tensors[_tensor(target.module)][0] in WIDER.get(target.dtype, ())
+    return _dtype(target, view) in WIDER.get(target.dtype, ())
 
 
 def _may_hold(target: BaseTarget, view: BaseView) -> bool:
-    dtype, _ = view.tensors[_tensor(target.module)]
-    return dtype == target.dtype or _is_widened(target, view)
+    return _dtype(target, view) == target.dtype or _is_widened(target, view)
 
 
 def _widened(base: Base, view: BaseView) -> str:
     for target in base.targets:
         if _is_widened(target, view):
-            held = view.tensors[_tensor(target.module)][0]
             return (
-                f"the base is held in {held}, into which the recorded {target.dtype} "
-                "weights were widened exactly"
+                f"the base is held in {_dtype(target, view)}, into which the recorded "
+                f"{target.dtype} weights were widened exactly"
             )
     return ""
 
 
 def _hint(base: Base, view: BaseView) -> str:
     recorded = base.targets[0].dtype
-    held = view.tensors.get(_tensor(base.targets[0].module), (recorded, ()))[0]
+    held = _dtype(base.targets[0], view) or recorded
     if base.hints:
         hint = base.hints[0]
         revision = f"@{hint.revision}" if hint.revision else ""
@@ -333,16 +297,8 @@ def _hint(base: Base, view: BaseView) -> str:
     return f"the adapter was made on {name}"
 
 
-def _tensor(module: str) -> str:
-    return f"{module}.weight"
-
-
 def _called(config: BaseConfig) -> str:
     names = ", ".join(config.architectures)
     if config.model_type and names:
         return f"{config.model_type} ({names})"
     return config.model_type or names
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"

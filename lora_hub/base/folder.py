@@ -4,17 +4,18 @@ No torch: bytes are hashed as the files hold them. Digests are kept between runs
 `digest_cache.py`; `narrow.py` recognises values that were widened.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from lora_hub import digest, strict_json
 from lora_hub.base import digest_cache
 from lora_hub.base.narrow import narrow
-from lora_hub.base.view import WIDER, digests, root_of, struct_of
+from lora_hub.base.stored import Stored, stored
+from lora_hub.base.view import WIDER, BaseView, digests, root_of, struct_of
 from lora_hub.errors import FitError, InputError
 from lora_hub.manifest.document import Base, BaseConfig, BaseTarget, Tokenizer
-from lora_hub.tensors.checkpoint import Checkpoint, Shard
+from lora_hub.tensors.checkpoint import STEM, Checkpoint, Shard
 from lora_hub.tensors.file import Identity
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -35,6 +36,7 @@ class FolderBase:
     def __init__(self, checkpoint: Checkpoint, cache: Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.where = checkpoint.where
+        self.folder = checkpoint.folder
         self.config = config_of(checkpoint.config)
         self.tensors: Mapping[str, tuple[str, tuple[int, ...]]] = {
             name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()
@@ -47,20 +49,33 @@ class FolderBase:
         self._fresh: set[Identity] = set()
 
     @classmethod
-    def open(cls, folder: Path, cache: Path | None = None) -> Self:
-        """Return the base in a folder; errors as `Checkpoint.open`."""
-        return cls(Checkpoint.open(folder), cache)
+    def open(cls, folder: Path, cache: Path | None = None, stem: str = STEM) -> Self:
+        """Return the base in a folder; arguments and errors as `Checkpoint.open`."""
+        return cls(Checkpoint.open(folder, stem), cache)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.size_bytes for info in self.checkpoint.tensors.values())
 
     def digest(self, name: str, as_dtype: str | None = None) -> str | None:
-        """Return the digest of a tensor, see `BaseView.digest`."""
-        dtype, _ = self.tensors[name]
-        wanted = as_dtype or dtype
-        if wanted != dtype and dtype not in WIDER.get(wanted, ()):
+        """Return the digest of a tensor, see `BaseView.digest`.
+
+        `name` may be a weight that the folder keeps in several tensors (`stored.py`).
+        """
+        place = stored(self.tensors, self.config, name)
+        if place is None:
+            raise KeyError(name)
+        wanted = as_dtype or place.dtype
+        if wanted != place.dtype and place.dtype not in WIDER.get(wanted, ()):
             return None
+        if len(place.parts) > 1:
+            return self._hash(place.parts, place.dtype, wanted)
+        (name,) = place.parts
         identity = _identity(self.checkpoint.shard_of(name))
         known = self._known[identity].setdefault(wanted, {})
         if name not in known:
-            found = self._hash(name, dtype, wanted)
+            found = self._hash(place.parts, place.dtype, wanted)
             if found is None:
                 return None
             known[name] = found
@@ -80,8 +95,12 @@ class FolderBase:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _hash(self, name: str, dtype: str, wanted: str) -> str | None:
-        chunks = self.checkpoint.shard_of(name).file.chunks(name)
+    def _hash(self, names: Sequence[str], dtype: str, wanted: str) -> str | None:
+        chunks = (
+            chunk
+            for name in names
+            for chunk in self.checkpoint.shard_of(name).file.chunks(name)
+        )
         if wanted == dtype:
             return digest.of_chunks(chunks)
         try:
@@ -108,22 +127,41 @@ def _identity(shard: Shard) -> Identity:
     return shard.file.identity
 
 
-def describe(view: FolderBase, targets: Iterable[str]) -> Base:
+class BaseInFolder(BaseView, Protocol):
+    """A base whose files are at hand."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+def describe(view: BaseInFolder, targets: Iterable[str], also: Iterable[str] = ()) -> Base:
     """Return what a manifest says about a base, hints, licence and policy left to add.
 
     Args:
         view: the base; all its tensors are hashed.
-        targets: modules the adapter modifies, in the order wanted.
+        targets: modules the adapter modifies by their weight, in the order wanted.
+        also: names of further tensors that change: biases, parameters of experts, what
+            is replaced.
 
     Raises:
-        FitError: a module has no weight in the base.
+        FitError: one of them is not in the base.
     """
-    modules = tuple(targets)
-    names = [f"{module}.weight" for module in modules]
-    for name in names:
-        if name not in view.tensors:
-            raise FitError(f"the base has no tensor {name}", where=view.where)
-    found = digests(view, [(name, None) for name in names])
+    wanted: dict[str, tuple[str, str | None]] = {}
+    for module in targets:
+        wanted[f"{module}.weight"] = (module, None)
+    for name in also:
+        module, _, last = name.rpartition(".")
+        wanted.setdefault(
+            name, (module or name, None if module and last == "weight" else name)
+        )
+    places = {name: _place(view, name) for name in wanted}
+    found = digests(
+        view,
+        [
+            (place.parts[0] if len(place.parts) == 1 else name, None)
+            for name, place in places.items()
+        ],
+    )
     root = root_of(view)
     assert root is not None  # None is for narrowed tensors
     return Base(
@@ -131,17 +169,25 @@ def describe(view: FolderBase, targets: Iterable[str]) -> Base:
         struct=struct_of(view),
         targets=tuple(
             BaseTarget(
-                module=module,
-                shape=view.tensors[name][1],
-                dtype=view.tensors[name][0],
+                module=wanted[name][0],
+                shape=place.shape,
+                dtype=place.dtype,
                 sha256=sha256,
+                tensor=wanted[name][1],
             )
-            for module, name, sha256 in zip(modules, names, found, strict=True)
+            for (name, place), sha256 in zip(places.items(), found, strict=True)
             if sha256 is not None  # as with the root
         ),
         config=view.config,
-        tokenizer=tokenizer_of(view.checkpoint.folder),
+        tokenizer=tokenizer_of(view.folder),
     )
+
+
+def _place(view: BaseInFolder, name: str) -> Stored:
+    place = stored(view.tensors, view.config, name)
+    if place is None:
+        raise FitError(f"the base has no tensor {name}", where=view.where)
+    return place
 
 
 # Field of the manifest → its type, and how families of models spell it.

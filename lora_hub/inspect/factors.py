@@ -3,6 +3,9 @@
 With G = A·Aᵀ and H = Bᵀ·B, ‖B·A‖² = sum(G ∘ H), and the singular values of B·A are the
 roots of the eigenvalues of SᵀHS where G = S·Sᵀ. The dense delta is never formed. In
 float64; targets of one shape are taken together, a megabyte at a time.
+
+It is the same for every kind of layer, with a convolution's kernel as one axis and a matrix
+for each expert. Of DoRA it is the low-rank part: the weight it is added to is not here.
 """
 
 import math
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 # 16 MiB the adapters of 2 MB in benchmarks/validate.py take four times as long.
 BATCH_BYTES = 1 << 20
 
+# Above this rank, which products of factors reach, it takes seconds a target to tell how
+# much of it is used.
+MAX_RANK = 512
+
 # A singular value below this share of the largest counts as zero. The roots of Gram
 # matrices in float64 are right to some 1e-8 of the largest.
 NEGLIGIBLE = 1e-6
@@ -31,13 +38,15 @@ class Figures:
     """What the numbers of one update say.
 
     Attributes:
-        frobenius: norm of the delta, scaling included; None where it is not finite.
-        used_rank: numerical rank of b @ a; 0 where it is zero or not finite.
+        frobenius: norm of the delta, scaling included, of all experts together; None
+            where it is not finite.
+        used_rank: numerical rank of b @ a, of experts the largest; 0 where it is zero or
+            not finite; None above `MAX_RANK`, where it is not looked at.
         is_b_zero: whether every number of b is zero, as before training.
     """
 
     frobenius: float | None
-    used_rank: int
+    used_rank: int | None
     is_b_zero: bool
 
 
@@ -52,7 +61,8 @@ def figures_of(source: AdapterSource) -> tuple[Figures, ...]:
 def _batches(updates: Sequence[UpdateSource]) -> Iterator[list[UpdateSource]]:
     groups: dict[tuple[object, ...], list[UpdateSource]] = {}
     for update in updates:
-        key = (update.a.dtype, update.a.shape, update.b.dtype, update.b.shape)
+        a, b = update.a, update.b
+        key = (update.layer, update.rank, a.dtype, a.shape, b.dtype, b.shape)
         groups.setdefault(key, []).append(update)
     for group in groups.values():
         one_bytes = 8 * (group[0].a.elements + group[0].b.elements)
@@ -64,36 +74,77 @@ def _batches(updates: Sequence[UpdateSource]) -> Iterator[list[UpdateSource]]:
 def _figures(source: AdapterSource, batch: Sequence[UpdateSource]) -> Iterator[Figures]:
     import numpy as np
 
-    a = _stacked(source, [update.a for update in batch])
-    b = _stacked(source, [update.b for update in batch])
+    a, b = _matrices(source, batch)
     with np.errstate(invalid="ignore", over="ignore"):
-        g = a @ a.transpose(0, 2, 1)
-        h = b.transpose(0, 2, 1) @ b
-        squared = (g * h).sum(axis=(1, 2))
+        g = a @ a.swapaxes(-1, -2)
+        h = b.swapaxes(-1, -2) @ b
+        squared = (g * h).sum(axis=(1, 2, 3))
     # A NaN or an infinity anywhere in a factor is one on the diagonal of its matrix.
-    is_finite = np.isfinite(g).all(axis=(1, 2)) & np.isfinite(h).all(axis=(1, 2))
+    is_finite = np.isfinite(g).all(axis=(1, 2, 3)) & np.isfinite(h).all(axis=(1, 2, 3))
     is_finite &= np.isfinite(squared)
-    ranks = _ranks(*(np.where(is_finite[:, None, None], m, 0.0) for m in (g, h)))
-    is_zero = (b == 0).all(axis=(1, 2))
+    kept = is_finite[:, None, None, None]
+    ranks: Sequence[int | None] = [None] * len(batch)
+    if batch[0].rank <= MAX_RANK:
+        ranks = _ranks(*(np.where(kept, m, 0.0) for m in (g, h))).max(axis=1).tolist()
+    is_zero = (b == 0).all(axis=(1, 2, 3))
     for index, update in enumerate(batch):
         # Rounding may leave a tiny negative number where the delta is zero.
         norm = math.sqrt(max(float(squared[index]), 0.0)) if is_finite[index] else None
         yield Figures(
             frobenius=None if norm is None else abs(update.scaling) * norm,
-            used_rank=int(ranks[index]),
+            used_rank=ranks[index],
             is_b_zero=bool(is_zero[index]),
         )
+
+
+def _matrices(
+    source: AdapterSource, batch: Sequence[UpdateSource]
+) -> tuple["NDArray[Any]", "NDArray[Any]"]:
+    """Return the factors of updates of one layer and one shape, in float64.
+
+    Returns:
+        a (updates, experts, rank, inputs) and b (updates, experts, outputs, rank); layers
+        without experts have one.
+    """
+    first, count = batch[0], len(batch)
+    a = _stacked(source, [update.a for update in batch])
+    b = _stacked(source, [update.b for update in batch])
+    if first.layer == "experts":
+        split = b.reshape(count, b.shape[1], first.rank, first.experts)
+        return (
+            a.reshape(count, first.experts, first.rank, -1),
+            split.transpose(0, 3, 1, 2),
+        )
+    a = a.reshape(count, 1, a.shape[1], -1)
+    b = b.reshape(count, 1, b.shape[1], -1)
+    return a, _ungrouped(b, first.rank)
+
+
+def _ungrouped(b: "NDArray[Any]", rank: int) -> "NDArray[Any]":
+    """Return a grouped convolution's b as one that is zero outside of its own group."""
+    import numpy as np
+
+    *others, outputs, per_group = b.shape
+    if per_group == rank:
+        return b
+    whole = np.zeros((*others, outputs, rank))
+    groups = rank // per_group
+    for group in range(groups):
+        rows = slice(group * outputs // groups, (group + 1) * outputs // groups)
+        columns = slice(group * per_group, (group + 1) * per_group)
+        whole[..., rows, columns] = b[..., rows, :]
+    return whole
 
 
 def _ranks(g: "NDArray[Any]", h: "NDArray[Any]") -> "NDArray[Any]":
     import numpy as np
 
     values, vectors = np.linalg.eigh(g)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
-    core = root.transpose(0, 2, 1) @ h @ root
+    root = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+    core = root.swapaxes(-1, -2) @ h @ root
     singular = np.sqrt(np.maximum(np.linalg.eigvalsh(core), 0.0))
-    largest = singular.max(axis=1, keepdims=True)
-    counts: NDArray[Any] = ((singular > NEGLIGIBLE * largest) & (largest > 0)).sum(axis=1)
+    largest = singular.max(axis=-1, keepdims=True)
+    counts: NDArray[Any] = ((singular > NEGLIGIBLE * largest) & (largest > 0)).sum(axis=-1)
     return counts
 
 

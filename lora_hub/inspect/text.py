@@ -3,7 +3,12 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from lora_hub.inspect.summary import ModuleSummary, Summary
+from lora_hub.inspect.summary import (
+    ModuleSummary,
+    ReplacedSummary,
+    ScaledSummary,
+    Summary,
+)
 
 _HEAD = (
     "target",
@@ -20,9 +25,11 @@ _HEAD = (
 
 def render(summary: Summary) -> str:
     """Return the text; it ends without a newline."""
+    targets = {one.module for one in summary.modules}
+    targets |= {one.module for one in summary.scaled}
     size = (
         f"{summary.parameters:,} parameters, {summary.size_bytes:,} bytes, "
-        f"{len(summary.modules)} targets"
+        f"{len(targets)} targets"
     )
     facts = (
         ("name", " ".join(filter(None, (summary.name, summary.version)))),
@@ -33,37 +40,106 @@ def render(summary: Summary) -> str:
         ("base root", summary.base_root or "not identified: this is no package"),
         ("scaling", summary.rule),
         ("size", size),
-        ("norm", f"{_number(summary.frobenius)} (Frobenius, all deltas together)"),
+        ("norm", _norms(summary) if summary.modules else None),
+        ("acts", _acts(summary.alora_tokens)),
+        ("tied", "the head takes the embedding's update" if summary.ties_weights else ""),
     )
     lines = [f"{key:<10} {value}" for key, value in facts if value]
-    return "\n".join([*lines, "", *_table(summary.modules)])
+    tables = (_updates(summary.modules), _scales(summary.scaled), _new(summary.replaced))
+    return "\n".join([*lines, *(line for table in tables for line in table)])
 
 
-def _table(modules: Sequence[ModuleSummary]) -> list[str]:
-    """Return one line for each last part and shape of targets, columns aligned."""
-    groups: dict[tuple[str, tuple[int, int]], list[ModuleSummary]] = {}
+def _norms(summary: Summary) -> str:
+    what = "Frobenius, all deltas together"
+    if any(module.is_dora for module in summary.modules):
+        what += "; of DoRA the low-rank part"
+    return f"{_number(summary.frobenius)} ({what})"
+
+
+def _acts(tokens: tuple[int, ...]) -> str:
+    if not tokens:
+        return ""
+    return f"from the last occurrence of the tokens {', '.join(map(str, tokens))} on"
+
+
+def _updates(modules: Sequence[ModuleSummary]) -> list[str]:
+    """Return one line for each last part, kind and shape of targets."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[ModuleSummary]] = {}
     for module in modules:
-        key = (module.module.rpartition(".")[2], module.shape)
+        key = (module.module.rpartition(".")[2], _kind(module), module.shape)
         groups.setdefault(key, []).append(module)
-    rows = [_HEAD, *(_row(part, shape, group) for (part, shape), group in groups.items())]
+    return _table([_HEAD, *(_row(*key, group) for key, group in groups.items())])
+
+
+def _kind(module: ModuleSummary) -> str:
+    """Return what is to be said of a target that is not plain LoRA of a linear layer."""
+    words = (
+        "" if module.layer == "linear" else module.layer,
+        "DoRA" if module.is_dora else "",
+        "bias" if module.has_bias else "",
+    )
+    return ", ".join(filter(None, words))
+
+
+def _scales(scaled: Sequence[ScaledSummary]) -> list[str]:
+    groups: dict[tuple[str, str, int, str], int] = {}
+    for one in scaled:
+        key = (one.module.rpartition(".")[2], one.axis, one.parameters, one.dtype)
+        groups[key] = groups.get(key, 0) + 1
+    said = {"rows": "outputs", "columns": "inputs"}
+    return _table(
+        [
+            ("scaled", "count", "numbers", "dtype"),
+            *(
+                (part, str(count), f"{length} {said[axis]}", dtype)
+                for (part, axis, length, dtype), count in groups.items()
+            ),
+        ]
+    )
+
+
+def _new(replaced: Sequence[ReplacedSummary]) -> list[str]:
+    return _table(
+        [
+            ("brought anew", "why", "shape", "dtype"),
+            *(
+                (
+                    one.name if one.rows is None else f"{one.name}, {len(one.rows)} rows",
+                    one.role,
+                    "x".join(map(str, one.shape)),
+                    one.dtype,
+                )
+                for one in replaced
+            ),
+        ]
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return an empty line and the rows, columns aligned; nothing for a head alone."""
+    if len(rows) == 1:
+        return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        "",
+        *(
+            "  ".join(
+                cell.rjust(width) if index else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ),
     ]
 
 
 def _row(
-    part: str, shape: tuple[int, int], group: Sequence[ModuleSummary]
+    part: str, kind: str, shape: tuple[int, ...], group: Sequence[ModuleSummary]
 ) -> tuple[str, ...]:
     group = sorted(group, key=lambda module: (module.rank, module.scaling))
     return (
-        part,
+        f"{part} ({kind})" if kind else part,
         str(len(group)),
-        f"{shape[0]}x{shape[1]}",
+        "x".join(map(str, shape)),
         _several(f"{module.rank}" for module in group),
         _several(_number(module.scaling) for module in group),
         _several(module.dtype for module in group),

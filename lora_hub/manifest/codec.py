@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from lora_hub import canonical, strict_json
+from lora_hub import canonical, plain_json, strict_json
 from lora_hub.errors import DocumentError
 from lora_hub.manifest.document import (
     MANIFEST_VERSION,
@@ -36,15 +36,30 @@ def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
         DocumentError: not canonical JSON, of an unknown major version, or not of the
             manifest's shape; `where` ends in the JSON pointer.
     """
-    value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
-    check_version(value, where)
-    if canonical.encode(value, where=where) != data:
+    value, is_canonical = parse(data, where=where)
+    if not is_canonical:
         raise DocumentError(
             "the manifest is not in canonical form (RFC 8785)",
             where=where,
             hint="it was edited by hand after packing; change the source and pack again",
         )
     return typed(value, Manifest, where=where)
+
+
+def parse(data: bytes, *, where: str) -> tuple[dict[str, Any], bool]:
+    """Return the object that a manifest's bytes spell, and whether in canonical form.
+
+    Raises:
+        DocumentError: not JSON, no object, or of an unknown major version.
+    """
+    if len(data) <= MAX_MANIFEST_BYTES:
+        value = plain_json.decode_canonical(data)
+        if isinstance(value, dict):
+            check_version(value, where)
+            return value, True
+    value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
+    check_version(value, where)
+    return value, canonical.encode(value, where=where) == data
 
 
 def typed(value: Any, kind: type[T], *, where: str) -> T:
@@ -69,6 +84,8 @@ def unknown_fields(
 
     `x-…` at the top and everything under `ext` belong to tools and are left out.
     """
+    if not _has_unknown(value, of):
+        return ()
     found: list[str] = []
     known = _documents_in_fields(of)
     for key, item in value.items() if isinstance(value, dict) else ():
@@ -83,6 +100,40 @@ def unknown_fields(
             else:
                 found += unknown_fields(item, kind, f"{at}/{key}")
     return tuple(found)
+
+
+def _has_unknown(value: Any, of: type[Document]) -> bool:
+    """Return whether there may be fields to tell of: mostly not, and that is told fast."""
+    if not isinstance(value, dict):
+        return False
+    names, nested = _names(of)
+    if not value.keys() <= names:
+        return True
+    for key, kind in nested:
+        if key not in value:
+            continue
+        items = value[key]
+        if not isinstance(items, list):
+            items = (items,)
+        own_names, own_nested = _names(kind)
+        for item in items:
+            if own_nested or not isinstance(item, dict):
+                if _has_unknown(item, kind):
+                    return True
+            elif not item.keys() <= own_names:
+                return True
+    return False
+
+
+@functools.cache
+def _names(
+    of: type[Document],
+) -> tuple[frozenset[str], tuple[tuple[str, type[Document]], ...]]:
+    """Return the fields of a document, and those whose values are documents, or lists."""
+    known = _documents_in_fields(of)
+    return frozenset(known), tuple(
+        (key, kind) for key, kinds in known.items() for kind in kinds
+    )
 
 
 @functools.cache

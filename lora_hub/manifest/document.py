@@ -63,6 +63,18 @@ FileName = Annotated[
     spelt("[A-Za-z0-9_][A-Za-z0-9._-]{0,119}", "flat: no folders, no leading dot"),
 ]
 Policy = Literal["exact", "targets", "struct"]
+Kind = Annotated[
+    str,
+    spelt(
+        r"(lora|rslora|dora)(\+modules)?(\+tokens)?",
+        "how weights change; with whole tensors of the base, with rows of tokens",
+    ),
+]
+# What kind of layer a target is, which decides the shapes of its factors.
+Layer = Literal["linear", "embedding", "conv", "experts"]
+# Why a tensor of the base is replaced: a whole module was trained, a bias was, or the
+# embedding is saved along; "token_delta" replaces some rows.
+Role = Literal["modules_to_save", "bias", "embedding", "token_delta"]
 
 
 class Document(
@@ -100,6 +112,12 @@ class BaseTarget(Document, frozen=True, kw_only=True):
     shape: Shape
     dtype: NonEmpty
     sha256: Sha256  # of the tensor's bytes as the checkpoint stores them
+    tensor: NonEmpty | None = None  # its name; `{module}.weight` by default
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor, as the adapter calls it."""
+        return self.tensor or f"{self.module}.weight"
 
 
 class BaseConfig(Document, frozen=True, kw_only=True):
@@ -155,18 +173,29 @@ class Module(Document, frozen=True, kw_only=True):
     alpha: float
     scaling: ScalingRule
     dtype: NonEmpty
-    a: Shape  # (rank, in_features)
+    a: Shape  # (rank, in_features); see formats/source.py for the other layers
     b: Shape  # (out_features, rank)
-    bias: bool = False
+    bias: bool = False  # a bias beside the factors (PEFT's lora_bias)
+    layer: Layer = "linear"
+    magnitude: bool = False  # DoRA
+    # Experts: `a` counts experts first and ranks within, `b` ranks first. Never inferred.
+    layout: Literal["a expert-major, b rank-major"] | None = None
+    experts: Rank | None = None
+
+    @property
+    def weight(self) -> str:
+        """The name of the base's tensor that changes."""
+        return self.module if self.layer == "experts" else f"{self.module}.weight"
 
 
 class ExtraTensor(Document, frozen=True, kw_only=True):
-    """A tensor that is no factor. Nothing travels unlisted. D"""
+    """A tensor of the base that the package brings anew. Nothing travels unlisted. D"""
 
-    name: NonEmpty
-    role: Literal["modules_to_save", "embedding", "dora_magnitude", "token_delta"]
-    shape: Shape
+    name: NonEmpty  # of the base's tensor
+    role: Role
+    shape: Shape  # of what the package holds: with rows, as many as there are
     dtype: NonEmpty
+    rows: tuple[Count, ...] | None = None  # which rows are replaced; all by default
 
 
 class AdapterSummary(Document, frozen=True, kw_only=True):
@@ -195,6 +224,8 @@ class AdapterInfo(Document, frozen=True, kw_only=True):
     extra_tensors: tuple[ExtraTensor, ...] = ()
     summary: AdapterSummary
     stats: tuple[ModuleStats, ...] = ()
+    alora_invocation_tokens: tuple[Count, ...] = ()  # acts from their last occurrence on
+    ties_weights: bool = False  # PEFT's ensure_weight_tying
 
 
 class Prompt(Document, frozen=True, kw_only=True):
@@ -292,7 +323,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     manifest_version: Annotated[str, spelt(r"[0-9]{1,4}\.[0-9]{1,4}")]
     name: FullName
     version: Version
-    kind: Literal["lora", "rslora"]  # D
+    kind: Kind  # D
     summary: Line
     created: Timestamp
     license: NonEmpty  # an SPDX expression

@@ -8,12 +8,13 @@ come along. The manifest over them is the matter of `pack.py`.
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_hub import canonical, strict_json
+from lora_hub import canonical, links, strict_json
 from lora_hub.base.folder import TOKENIZER_CONFIG_NAME
-from lora_hub.errors import FormatError, InputError
+from lora_hub.errors import FormatError, InputError, LossyConversion
 from lora_hub.formats import peft
 from lora_hub.formats.detect import PICKLES
 from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.peft_sayable import check_sayable
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import BaseHint
 from lora_hub.package import layout
@@ -27,10 +28,7 @@ Chunks = tuple[bytes | memoryview, ...]
 def weights_and_config(
     source: AdapterSource, hints: Sequence[BaseHint], base_tensors: frozenset[str]
 ) -> dict[str, Chunks]:
-    tensors = {}
-    for update in source.updates:
-        name_a, name_b = peft.tensor_names(update.target)
-        tensors[name_a], tensors[name_b] = update.a, update.b
+    tensors = peft.tensors_for(source)
     specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     weights = chunks_of(specs, lambda name: (source.tensors.read(tensors[name].name),))
     repo = hub_repo(hints)
@@ -46,12 +44,27 @@ def weights_and_config(
     }
 
 
+def refuse_unsaid(source: AdapterSource) -> None:
+    """Raise `LossyConversion` where PEFT's LoRA, which a package holds, cannot say it."""
+    try:
+        check_sayable(source)
+    except LossyConversion as error:
+        raise LossyConversion(
+            "a package holds what PEFT's LoRA can say, and it cannot say "
+            + "; ".join(error.losses),
+            losses=error.losses,
+            where=source.tensors.where,
+            hint="attach the adapter as it is, or merge it with `lorahub merge`",
+        ) from error
+
+
 def copied(src: Path, base: Path, names: Iterable[str]) -> dict[str, Chunks]:
     """Return licences, and what belongs to the tokenizer and is not the base's own."""
     files: dict[str, Chunks] = {}
     for name in names:
         role = layout.role_of(name)
         if role in ("license", "tokenizer"):
+            _refuse_link(src / name)
             data = _read(src / name)
             if role == "license" or not _is_same(data, base / name):
                 _refuse_code(name, data, src)
@@ -73,6 +86,16 @@ def _refuse_code(name: str, data: bytes, src: Path) -> None:
         )
 
 
+def _refuse_link(path: Path) -> None:
+    if links.leads_out(path, path.parent):
+        raise FormatError(
+            "this is a link that leads out of the folder: what lies there would travel "
+            "in the package",
+            where=str(path),
+            hint="put the file itself in the link's place: cp --dereference",
+        )
+
+
 def _is_same(data: bytes, path: Path) -> bool:
     return path.is_file() and path.stat().st_size == len(data) and _read(path) == data
 
@@ -80,6 +103,7 @@ def _is_same(data: bytes, path: Path) -> bool:
 def readme(src: Path, names: Iterable[str]) -> str | None:
     if CARD_NAME not in names:
         return None
+    _refuse_link(src / CARD_NAME)
     try:
         return _read(src / CARD_NAME).decode()
     except UnicodeDecodeError as error:

@@ -1,25 +1,25 @@
-"""A folder as PEFT saves it, and the base it was made for → a package.
+"""An adapter's folder, and the base it was made for → a package.
 
 `plan_package` decides everything: the manifest and the bytes of every file. `write_package`
 puts them into a folder that is there whole or not. The same input gives the same bytes:
 names are sorted, JSON is canonical, tensors are copied and never converted, and the time
-is that of SOURCE_DATE_EPOCH where it is set.
+is that of SOURCE_DATE_EPOCH where it is set. What the manifest says of the adapter is
+derived from those bytes as every reader of the package will find them.
 """
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lora_hub import atomic, canonical, clock, digest, refs
-from lora_hub.base.fit import check_structure
-from lora_hub.base.folder import FolderBase, describe
+from lora_hub.base.folder import BaseInFolder, describe
+from lora_hub.base.pipeline import open_base
+from lora_hub.base.structure import Structure, check_structure
 from lora_hub.errors import InputError
-from lora_hub.formats.detect import open_adapter
+from lora_hub.formats.detect import open_adapter, source_from_files
 from lora_hub.formats.dialect import ReadOptions
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest import codec
@@ -32,29 +32,14 @@ from lora_hub.manifest.document import (
     File,
     Manifest,
 )
-from lora_hub.manifest.tasks import TASKS
-from lora_hub.package import contents, derived, layout, spdx
+from lora_hub.package import contents, derived, layout, spdx, stated
 from lora_hub.package.card import write_card
 from lora_hub.package.contents import Chunks
 from lora_hub.package.layout import CARD_NAME, TEMPLATE_NAME
 from lora_hub.package.package import Package, check_manifest, open_package
 
-# What an author may state beyond the parameters of `plan_package`.
-EXTRA_FIELDS = frozenset(
-    {
-        "evaluation",
-        "ext",
-        "homepage",
-        "lineage",
-        "prompt",
-        "runtime",
-        "source",
-        "training",
-    }
-)
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+# A list in the text of a plan names so many and counts the others.
+_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +49,14 @@ class PackPlan:
     Attributes:
         files: name → content in pieces, in order of names, the manifest among them.
         left_out: what lies in the source and has no place in a package.
+        new: tensors it brings that the base does not have, as a head for its task.
     """
 
     manifest: Manifest
     digest: str
     files: Mapping[str, Chunks]
     left_out: tuple[str, ...]
+    new: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return what a dry run shows."""
@@ -84,11 +71,26 @@ class PackPlan:
         lines = [
             f"{self.manifest.name} {self.manifest.version}  {self.digest}",
             targets,
+            *self._extra(),
             f"for the base {self.manifest.base.root}",
             *(f"  {size:>{width}}  {name}" for name, size in sizes.items()),
             *(f"  left out: {name}" for name in self.left_out),
         ]
         return "\n".join(lines)
+
+    def _extra(self) -> list[str]:
+        extra = self.manifest.adapter.extra_tensors
+        if not extra:
+            return []
+        names = [
+            one.name if one.rows is None else f"{len(one.rows)} rows of {one.name}"
+            for one in extra
+        ]
+        more = f" and {len(extra) - _NAMED} more" if len(extra) > _NAMED else ""
+        new = f"; the base does not have {', '.join(self.new[:_NAMED])}" if self.new else ""
+        if len(self.new) > _NAMED:
+            new += f" and {len(self.new) - _NAMED} more"
+        return [f"brought anew: {', '.join(names[:_NAMED])}{more}{new}"]
 
 
 def plan_package(
@@ -108,6 +110,8 @@ def plan_package(
     extra: Mapping[str, Any] | None = None,
     created: str | None = None,
     digest_cache: Path | None = None,
+    options: ReadOptions | None = None,
+    dialect: str | None = None,
 ) -> PackPlan:
     """Return the package that a folder makes, without writing anything.
 
@@ -115,7 +119,7 @@ def plan_package(
         src: an adapter's folder in a dialect of `formats/detect.py`.
         name: namespace/name.
         version: `refs.parse_version`.
-        base: the checkpoint folder of the base the adapter was trained on.
+        base: the folder of the base the adapter was trained on, a checkpoint or a pipeline.
         task: a task of `manifest/tasks.py`, with or without a free part behind a slash.
         license: SPDX expression of the adapter.
         summary: one line.
@@ -125,33 +129,38 @@ def plan_package(
         base_license: SPDX expression of the base.
         languages: ISO 639 codes.
         card: text of the card; the source's README.md without.
-        extra: further fields of the manifest, those of `EXTRA_FIELDS`.
+        extra: further fields of the manifest, those of `stated.EXTRA_FIELDS`.
         created: RFC 3339 in UTC; SOURCE_DATE_EPOCH or now without.
         digest_cache: where digests of the base are kept between runs.
+        options: what no file of the source says; `base` is taken from above.
+        dialect: what the source is, where two dialects could be meant.
 
     Raises:
         InputError: a field is not as the manifest wants it, or the source holds pickles;
             see `detect.open_adapter` for the rest.
+        LossyConversion: the adapter does what the files of a package cannot say.
         FitError: the base lacks a target, or has it in another shape.
     """
     refs.parse_name(name)
     refs.parse_version(version)
-    _check_task(task)
+    stated.check_task(task)
     for expression in filter(None, (license, base_license)):
         spdx.check_license(expression)
-    _check_extra(extra or {})
-    source = open_adapter(src, ReadOptions(base=base))
+    stated.check_extra(extra or {})
+    options = replace(options or ReadOptions(), base=base)
+    source = open_adapter(src, options, dialect=dialect)
+    contents.refuse_unsaid(source)
     names = sorted(entry.name for entry in src.iterdir())
     contents.refuse_pickles(names, src)
-    hints = tuple(hints) or _hints_of(source)
-    _check_hints(hints)
-    with FolderBase.open(base, digest_cache) as view:
-        check_structure(source.updates, view)
-        described = describe(view, [update.target for update in source.updates])
+    hints = tuple(hints) or stated.hints_of(source)
+    stated.check_hints(hints)
+    with open_base(base, digest_cache) as view:
+        structure = check_structure(source, view)
+        described = _described(view, source, structure)
         base_tensors = frozenset(view.tensors)
     files = contents.weights_and_config(source, hints, base_tensors)
     files |= contents.copied(src, base, names)
-    _check_license_text(license, files, src)
+    stated.check_license_text(license, files, src)
     files[CARD_NAME] = (
         write_card(
             full_name=name,
@@ -175,9 +184,10 @@ def plan_package(
         "authors": msgspec.to_builtins(tuple(authors)),
         "base": msgspec.to_builtins(_completed(described, hints, base_license)),
         "task": {"id": task, "languages": list(languages)},
-        **_derived(source, files),
+        **_derived(_as_written(files, src), files),
     }
-    return _finished(value, files, tuple(sorted({*names} - {*files})))
+    left_out = tuple(sorted({*names} - {*files}))
+    return replace(_finished(value, files), left_out=left_out, new=structure.new)
 
 
 def write_package(plan: PackPlan, out: Path) -> Package:
@@ -192,15 +202,27 @@ def write_package(plan: PackPlan, out: Path) -> Package:
     return open_package(out)
 
 
+def _as_written(files: Mapping[str, Chunks], src: Path) -> AdapterSource:
+    """Return the adapter as every reader of the package will find it."""
+    return source_from_files(lambda name: b"".join(files[name]), files, where=str(src))
+
+
+def _described(view: BaseInFolder, source: AdapterSource, structure: Structure) -> Base:
+    """Return what the manifest says of the base: the targets' weights, then the rest."""
+    modules = [one.target for one in source.updates if one.layer != "experts"]
+    weights = {f"{module}.weight" for module in modules}
+    # The weight of a head that the adapter brings is not the base's.
+    known = [module for module in modules if f"{module}.weight" in structure.places]
+    return describe(
+        view, known, also=[name for name in structure.weights if name not in weights]
+    )
+
+
 def _derived(source: AdapterSource, files: Mapping[str, Chunks]) -> dict[str, Any]:
-    modules = derived.modules_of(source)
+    adapter = derived.adapter_of(source)
     return {
-        "kind": derived.kind_of(modules),
-        "adapter": {
-            "format": "peft-safetensors",
-            "modules": msgspec.to_builtins(modules),
-            "summary": msgspec.to_builtins(derived.summary_of(modules)),
-        },
+        "kind": derived.kind_of(adapter.modules, adapter.extra_tensors),
+        "adapter": msgspec.to_builtins(adapter),
         "files": [
             msgspec.to_builtins(
                 File(
@@ -215,9 +237,7 @@ def _derived(source: AdapterSource, files: Mapping[str, Chunks]) -> dict[str, An
     }
 
 
-def _finished(
-    value: dict[str, Any], files: Mapping[str, Chunks], left_out: tuple[str, ...]
-) -> PackPlan:
+def _finished(value: dict[str, Any], files: Mapping[str, Chunks]) -> PackPlan:
     unknown = codec.unknown_fields(value)
     if unknown:
         raise InputError(
@@ -234,7 +254,7 @@ def _finished(
         manifest=manifest,
         digest=digest.of_bytes(data),
         files=dict(sorted({**files, MANIFEST_NAME: (data,)}.items())),
-        left_out=left_out,
+        left_out=(),
     )
 
 
@@ -247,63 +267,3 @@ def _prompt(extra: Mapping[str, Any], files: Mapping[str, Chunks]) -> dict[str, 
         return dict(extra)
     prompt = {"chat_template_file": TEMPLATE_NAME, **extra.get("prompt", {})}
     return {**extra, "prompt": prompt}
-
-
-def _hints_of(source: AdapterSource) -> tuple[BaseHint, ...]:
-    """Return what the adapter's own config calls its base, unless that is a local path."""
-    name = source.base_name
-    # A folder here whose name looks like one on a hub is the user's own.
-    if name is None or not _HUB_NAME.fullmatch(name) or Path(name).exists():
-        return ()
-    revision = source.base_revision
-    is_pinned = revision is not None and _COMMIT.fullmatch(revision)
-    return (BaseHint(hub="hf", repo=name, revision=revision if is_pinned else None),)
-
-
-def _check_license_text(expression: str, files: Iterable[str], src: Path) -> None:
-    own = [name for name in spdx.identifiers(expression) if name.startswith("LicenseRef-")]
-    if own and not any(layout.role_of(name) == "license" for name in files):
-        raise InputError(
-            f"{own[0]} is a licence of the author's own, and its text is missing",
-            where=str(src),
-            hint="put the text into the folder as LICENSE",
-        )
-
-
-def _check_hints(hints: Iterable[BaseHint]) -> None:
-    for hint in hints:
-        # A path tells strangers about the author's machine and nobody about the base.
-        if hint.repo.startswith(("/", ".", "~")) or "\\" in hint.repo:
-            raise InputError(
-                f"the base's name {hint.repo!r} is a local path, which is never published",
-                hint="give the name under which others find the base, or none",
-            )
-
-
-def _check_task(task: str) -> None:
-    first = task.partition("/")[0]
-    if first not in TASKS:
-        near = difflib.get_close_matches(first, TASKS, n=1)
-        raise InputError(
-            f"{first!r} is no task",
-            where="--task",
-            hint=f"did you mean {near[0]}?"
-            if near
-            else f"one of {', '.join(sorted(TASKS))}",
-        )
-
-
-def _check_extra(extra: Mapping[str, Any]) -> None:
-    unknown = sorted(key for key in extra if key not in EXTRA_FIELDS)
-    if unknown:
-        raise InputError(
-            f"{unknown[0]!r} cannot be stated here",
-            hint=f"further fields are {', '.join(sorted(EXTRA_FIELDS))}",
-        )
-    training = extra.get("training")
-    if isinstance(training, Mapping) and training.get("attested"):
-        raise InputError(
-            "attested is true, and no provenance travels with the package",
-            where="training",
-            hint="leave it out: what an author states is a claim",
-        )

@@ -26,6 +26,7 @@ from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest import codec
 from lora_hub.manifest.document import MANIFEST_NAME, File, Manifest
 from lora_hub.package import derived, layout
+from lora_hub.package.targets import check_targets
 from lora_hub.signing import envelope, statement
 from lora_hub.signing.statement import SIGNATURE_NAME
 
@@ -163,7 +164,7 @@ def check_manifest(manifest: Manifest, *, where: str) -> None:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if name not in paths:
             raise DocumentError(f"{name!r} is not listed", where=f"{where}#/files")
-    _check_base_targets(manifest, where)
+    check_targets(manifest, where)
 
 
 def check_complete(package: Package) -> None:
@@ -202,23 +203,46 @@ def check_modules(package: Package, source: AdapterSource) -> None:
     """Raise `IntegrityError` unless the manifest says of the adapter what its files say."""
     where = f"{package.where}/{MANIFEST_NAME}"
     stated = package.manifest.adapter
-    found = derived.modules_of(source)
-    if stated.modules != found:
-        raise IntegrityError(
-            _difference(
-                {m.module: m for m in stated.modules}, {m.module: m for m in found}
-            ),
-            where=f"{where}#/adapter/modules",
-            hint=_CHANGED,
-        )
-    for field, said, is_so in (
-        ("adapter/summary", stated.summary, derived.summary_of(found)),
-        ("adapter/extra_tensors", stated.extra_tensors, ()),
-        ("kind", package.manifest.kind, derived.kind_of(found)),
+    modules, extra = derived.modules_of(source), derived.extra_tensors_of(source)
+    lists: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
+        (
+            "modules",
+            {one.module: one for one in stated.modules},
+            {one.module: one for one in modules},
+        ),
+        (
+            "extra_tensors",
+            {one.name: one for one in stated.extra_tensors},
+            {one.name: one for one in extra},
+        ),
+    )
+    for (field, said, is_so), same in zip(
+        lists, (stated.modules == modules, stated.extra_tensors == extra), strict=True
     ):
-        if said != is_so:
+        if not same:
             raise IntegrityError(
-                f"the manifest says {said!r}, the files say {is_so!r}",
+                _difference(said, is_so),
+                where=f"{where}#/adapter/{field}",
+                hint=_CHANGED,
+            )
+    if not modules:
+        raise IntegrityError(
+            "the weights hold no update of a layer", where=where, hint=_CHANGED
+        )
+    found = derived.adapter_of(source)
+    for field, wanted, actual in (
+        ("adapter/summary", stated.summary, found.summary),
+        (
+            "adapter/alora_invocation_tokens",
+            stated.alora_invocation_tokens,
+            found.alora_invocation_tokens,
+        ),
+        ("adapter/ties_weights", stated.ties_weights, found.ties_weights),
+        ("kind", package.manifest.kind, derived.kind_of(modules, extra)),
+    ):
+        if wanted != actual:
+            raise IntegrityError(
+                f"the manifest says {wanted!r}, the files say {actual!r}",
                 where=f"{where}#/{field}",
                 hint=_CHANGED,
             )
@@ -233,29 +257,6 @@ def _difference(stated: dict[str, object], found: dict[str, object]) -> str:
         if stated[name] != found[name]:
             return f"the manifest says {stated[name]}, the files say {found[name]}"
     return "the manifest lists the modules in another order, or one of them twice"
-
-
-def _check_base_targets(manifest: Manifest, where: str) -> None:
-    shapes = {target.module: target.shape for target in manifest.base.targets}
-    if len(shapes) != len(manifest.base.targets):
-        raise DocumentError("a target is listed twice", where=f"{where}#/base/targets")
-    for index, module in enumerate(manifest.adapter.modules):
-        expected = shapes.pop(module.module, None)
-        if expected is None:
-            raise DocumentError(
-                f"{module.module} is not among the base's targets, or listed twice",
-                where=f"{where}#/adapter/modules/{index}",
-            )
-        if (*module.b[:1], *module.a[1:]) != expected:
-            raise DocumentError(
-                f"the factors make {[*module.b[:1], *module.a[1:]]}, the base's weight is "
-                f"{list(expected)}",
-                where=f"{where}#/adapter/modules/{index}",
-            )
-    for name in sorted(shapes):
-        raise DocumentError(
-            f"no module of the adapter modifies {name}", where=f"{where}#/base/targets"
-        )
 
 
 def _is_changed(manifest: bytes, bundle: bytes) -> bool:

@@ -357,3 +357,28 @@ def test_a_pipe_as_the_tokenizer_is_refused_and_not_waited_for(tmp_path):
 
     with pytest.raises(InputError, match="no regular file"):
         tokenizer_of(tmp_path)
+
+
+def test_further_tensors_are_told_by_their_names(tmp_path):
+    weights = {
+        "lin.weight": torch.randn(4, 3),
+        "lin.bias": torch.randn(4),
+        "experts.up": torch.randn(2, 4, 3),
+        "bare": torch.randn(3),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+
+    with FolderBase.open(tmp_path) as view:
+        base = describe(
+            view, ["lin"], also=["bare", "experts.up", "lin.bias", "lin.weight"]
+        )
+
+    assert [(one.module, one.tensor, one.name) for one in base.targets] == [
+        ("lin", None, "lin.weight"),
+        ("bare", "bare", "bare"),
+        ("experts", "experts.up", "experts.up"),
+        ("lin", "lin.bias", "lin.bias"),
+    ]
+    assert [one.sha256 for one in base.targets] == [
+        sha(bytes_of(weights[one.name])) for one in base.targets
+    ]

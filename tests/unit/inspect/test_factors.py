@@ -9,7 +9,7 @@ from lora_hub.tensors.file import TensorFile
 from tests.builders import tensor_bytes
 
 
-def source(pairs, *, alpha=4.0):
+def source(pairs, *, alpha=4.0, rank=None, layer="linear"):
     """Return an adapter in memory: target → (b, a) as arrays."""
     tensors, data = {}, {}
     for target, (b, a) in pairs.items():
@@ -20,11 +20,12 @@ def source(pairs, *, alpha=4.0):
     updates = tuple(
         UpdateSource(
             target,
-            a.shape[0],
+            rank or a.shape[0],
             alpha,
             "alpha/r",
             file.info(f"{target}.a"),
             file.info(f"{target}.b"),
+            layer,
         )
         for target, (b, a) in pairs.items()
     )
@@ -89,3 +90,52 @@ def test_batches_do_not_change_the_figures(monkeypatch):
     monkeypatch.setattr(factors, "BATCH_BYTES", 2 * 8 * (12 * 4 + 4 * 9))
 
     assert factors.figures_of(source(pairs)) == whole
+
+
+def test_experts_count_together_as_peft_lays_them_out():
+    numbers = np.random.default_rng(3)
+    experts, rank, out, inp = 3, 2, 5, 4
+    a = numbers.normal(size=(experts * rank, inp))
+    b = numbers.normal(size=(out, rank * experts))
+    b[:, experts:] = 0  # the second rank of every expert is unused
+    dense = [
+        2.0 * b.reshape(out, rank, experts)[:, :, e] @ a.reshape(experts, rank, inp)[e]
+        for e in range(experts)
+    ]
+
+    (one,) = factors.figures_of(source({"x": (b, a)}, rank=rank, layer="experts"))
+
+    assert one.frobenius == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+    assert one.used_rank == 1
+    assert not one.is_b_zero
+
+
+def test_a_grouped_convolution_is_the_composition_of_its_two_layers():
+    import torch
+
+    rank, groups = 4, 2
+    torch.manual_seed(0)
+    a = torch.randn(rank, 6, 3, dtype=torch.float64)
+    b = torch.randn(8, rank // groups, 1, dtype=torch.float64)
+    # Its weight is what it answers to each input that is one number in one place.
+    inputs = torch.eye(18, dtype=torch.float64).reshape(18, 6, 3)
+    conv = torch.nn.functional.conv1d
+    dense = conv(conv(inputs, a), b, groups=groups).reshape(18, 8)
+
+    (one,) = factors.figures_of(
+        source({"x": (b.numpy(), a.numpy())}, alpha=8.0, layer="conv")
+    )
+
+    assert one.frobenius == pytest.approx(2.0 * float(dense.norm()), rel=1e-12)
+    assert one.used_rank == np.linalg.matrix_rank(dense.numpy())
+
+
+def test_of_ranks_beyond_the_limit_the_norm_alone_is_told(monkeypatch):
+    monkeypatch.setattr(factors, "MAX_RANK", 3)
+    b, a = random(0)
+
+    (one,) = factors.figures_of(source({"x": (b, a)}))
+
+    assert one.used_rank is None
+    dense = b.astype("f8") @ a.astype("f8")
+    assert one.frobenius == pytest.approx(np.linalg.norm(dense), rel=1e-12)

@@ -66,8 +66,24 @@ BAD = [
     ),
     (changed(summary="verse\nverified"), "matching regex", "lorahub.json#/summary"),
     (changed(license="MIT\x1b[2J"), "matching regex", "lorahub.json#/license"),
-    (b'{"manifest_version":"1.0","summary":"\\ud800"}', "canonical", "lorahub.json"),
+    (
+        b'{"manifest_version":"1.0","summary":"\\ud800"}',
+        "half of a surrogate",
+        "lorahub.json",
+    ),
     (changed(base__root="sha256:00"), "matching regex", "lorahub.json#/base/root"),
+    (changed(kind="rslora+dora"), "matching regex", "lorahub.json#/kind"),
+    (changed(kind="lora+tokens+modules"), "matching regex", "lorahub.json#/kind"),
+    (
+        changed(adapter__modules__0__layer="rnn"),
+        "invalid enum value",
+        "lorahub.json#/adapter/modules/0/layer",
+    ),
+    (
+        changed(adapter__extra_tensors=[{"name": "x", "role": "dora", "shape": [1]}]),
+        "invalid enum value",
+        "lorahub.json#/adapter/extra_tensors/0/role",
+    ),
     (changed(base__targets=[]), "length >= 1", "lorahub.json#/base/targets"),
     (
         changed(adapter__modules__0__rank=0),

@@ -219,7 +219,7 @@ def test_targets_of_the_base_are_the_modules_of_the_adapter():
     for targets, problem in (
         ((target, target), "listed twice"),
         ((other,), "is not among the base's targets"),
-        ((target, other), "no module of the adapter modifies other"),
+        ((target, other), "nothing in the adapter modifies other"),
         ((wide,), "the base's weight is"),
     ):
         base = msgspec.structs.replace(manifest.base, targets=targets)
