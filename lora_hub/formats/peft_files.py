@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_hub import canonical
-from lora_hub.formats import factors, peft
+from lora_hub.formats import peft, peft_types, peft_write
 from lora_hub.formats.dialect import FEATURES, Given, ReadOptions, Written
-from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.peft_config import CONFIG_NAME, check_config
 from lora_hub.formats.source import AdapterSource
 from lora_hub.tensors.file import TensorFile
+from lora_hub.tensors.write import chunks_of
 
 WEIGHTS_NAME = peft.WEIGHTS_NAME
-SAYS = frozenset(FEATURES)
+SAYS = frozenset(FEATURES) - {"scales"}
 
 
 def claim_config(config: Mapping[str, Any]) -> str | None:
@@ -25,34 +26,39 @@ def claim_config(config: Mapping[str, Any]) -> str | None:
 
 
 def read(given: Given, options: ReadOptions) -> AdapterSource:
-    """Return what `peft.read_peft` does."""
+    """Return what `peft.read_peft` does, or the reader of another `peft_type`."""
     tensors = TensorFile.from_bytes(given.weights, where=given.weights_where)
-    return peft.read_peft(given.config, tensors, where=given.where)
+    config = given.config
+    reader = peft_types.READERS.get(str(config.get("peft_type")))
+    if reader is not None:
+        check_config(config, f"{given.where}/{CONFIG_NAME}")
+        return reader(config, tensors, given.where, options.base)
+    initial = options.initial
+    source = peft.read_peft(config, tensors, where=given.where, initial=initial)
+    if initial is None:
+        return source
+    from lora_hub.formats import peft_initial  # it reads a directory, as we do
+
+    return peft_initial.subtract(source, config, initial, where=given.where)
 
 
 def write(source: AdapterSource, base: Path | None = None) -> Written:
-    """Return the directory that PEFT loads; it can say every adapter of linear layers.
+    """Return the directory that PEFT loads.
 
     A path on the author's machine is left out: it tells nothing about the base.
+
+    Raises:
+        LossyConversion: PEFT's LoRA cannot say the adapter.
     """
-    parts = factors.of_source(source)
     name, notes = source.base_name, []
     if name is not None and (name.startswith(("/", ".", "~")) or "\\" in name):
         notes.append("the base was named by a local path, which is left out")
         name = None
-    config = peft.build_config(
-        {part.target: (part.rank, part.alpha) for part in parts},
-        parts[0].rule,
-        task_type=source.task_type,
-        base_name=name,
-        revision=source.base_revision if name else None,
+    config = peft_write.config_for(
+        source, base_name=name, revision=source.base_revision if name else None
     )
-    tensors: dict[str, factors.Matrix] = {}
-    for part in parts:
-        name_a, name_b = peft.tensor_names(part.target)
-        tensors |= {name_a: part.a, name_b: part.b}
-    files = {
-        CONFIG_NAME: (canonical.encode(config),),
-        WEIGHTS_NAME: factors.safetensors(tensors),
-    }
+    tensors = peft_write.tensors_for(source)
+    specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
+    weights = chunks_of(specs, lambda name: (source.tensors.read(tensors[name].name),))
+    files = {CONFIG_NAME: (canonical.encode(config),), WEIGHTS_NAME: tuple(weights)}
     return Written(files, tuple(notes))

@@ -1,13 +1,12 @@
-"""Reading PEFT's directories from bytes; the law against PEFT itself is in tests/laws."""
+"""Reading PEFT's directories from bytes: what is refused, and by which words.
 
-import json
+What PEFT itself saves is in `test_peft_semantics.py`, a law of scalings in tests/laws.
+"""
 
 import pytest
 
-from lora_hub import canonical
 from lora_hub.errors import FormatError
-from lora_hub.formats import peft
-from lora_hub.formats.peft import build_config, config_for, read_peft
+from lora_hub.formats.peft import read_peft
 from lora_hub.tensors.file import TensorFile
 from tests.builders import tensor_bytes
 
@@ -93,20 +92,33 @@ def test_author_and_task_come_along():
 
 NEUTRAL = [
     {"bias": "none"},
+    {"bias": "lora_only"},  # a layer without bias has none to train
+    {"bias": None},
     {"modules_to_save": []},
+    {"modules_to_save": ["score", "score", "nothing"]},
     {"use_dora": False},
-    {"enable_lora": None, "merge_weights": False},  # keys of PEFT 0.2
+    {"use_dora": None, "lora_bias": None, "ensure_weight_tying": None},
+    {"enable_lora": None, "merge_weights": True},  # keys of PEFT 0.2
     {"a_key_of_next_year": {}},
     {"lora_dropout": 0.05, "fan_in_fan_out": True, "peft_version": "0.30"},
     {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "mica"},
     {"target_modules": r".*\.q_proj"},
     {"target_modules": "all-linear"},
+    {"target_modules": "All-Linear"},
     {"target_modules": None},
     {"target_modules": ["self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
     {"layers_to_transform": [0], "layers_pattern": "layers"},
+    {"layers_to_transform": 0, "layers_pattern": ["blocks", "layers"]},
+    {"layers_to_transform": [], "layers_pattern": None},
+    {"layers_to_transform": 7, "target_modules": [Q0]},  # the whole path is meant anyway
     {"exclude_modules": ["v_proj"]},
+    {"exclude_modules": r".*\.v_proj"},
     {"lora_alpha": 6.5},
     {"lora_alpha": 10**20},
+    {"ensure_weight_tying": True},
+    {"trainable_token_indices": []},
 ]
 
 
@@ -116,20 +128,34 @@ def test_config_that_leaves_plain_lora_as_it_is_is_read(changes):
 
 
 REFUSED = [
-    ({"peft_type": "IA3"}, "peft_type is 'IA3', only 'LORA' is read"),
+    ({"peft_type": "HRA"}, "peft_type is"),
     ({"peft_type": None}, "peft_type is missing"),
-    ({"use_dora": True}, "use_dora is True (DoRA"),
-    ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    ({"lora_bias": True}, "lora_bias is True"),
-    ({"modules_to_save": ["score"]}, "modules_to_save is ['score']"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
+    ({"use_dora": True}, f"use_dora is true, and {Q0} has no lora_magnitude_vector"),
+    ({"use_dora": 1}, "use_dora is 1, expected true or false"),
+    ({"bias": "some"}, "bias is 'some', expected 'none', 'all' or 'lora_only'"),
+    ({"lora_bias": True}, f"lora_bias is true, and {Q0} has no lora_B.bias"),
+    ({"modules_to_save": "score"}, "modules_to_save is 'score', expected a list"),
+    ({"modules_to_save": [""]}, "modules_to_save is [''], expected a list"),
+    ({"modules_to_save": ["self_attn"]}, "a module that is saved whole"),
+    ({"trainable_token_indices": [1]}, "the weights hold no trainable_tokens_delta"),
+    ({"trainable_token_indices": [-1]}, "trainable_token_indices is [-1], expected a list"),
+    ({"trainable_token_indices": {"wte": 1}}, "trainable_token_indices is {'wte': 1}"),
     ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
-    ({"target_parameters": ["experts.w"]}, "target_parameters is"),
-    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is [5]"),
+    ({"megatron_config": {"a": 1}}, "layers split by Megatron"),
+    ({"use_qalora": True}, "QA-LoRA"),
+    ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+    ({"kasa_config": {"beta": 1}}, "KaSA"),
+    ({"arrow_config": {"top_k": 3}}, "Arrow"),
+    ({"monteclora_config": {"num_samples": 8}}, "MonteCLoRA"),
+    ({"target_parameters": "experts.w"}, "target_parameters is 'experts.w', expected"),
+    ({"target_parameters": ["experts.w"]}, "the weights hold no such thing"),
+    ({"alora_invocation_tokens": ["a"]}, "alora_invocation_tokens is ['a'], expected"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     ({"init_lora_weights": "olora"}, "changes the base's weights"),
+    ({"init_lora_weights": "loftq"}, "changes the base's weights"),
     ({"a_key_of_next_year": 0.5}, "'a_key_of_next_year' is not known"),
     ({"a_key_of_next_year": "none"}, "'a_key_of_next_year' is not known"),
+    ({"enable_lora": [True, False, True]}, "'enable_lora' is not known"),
     ({"r": 4}, "the factors have rank 2, adapter_config.json says 4"),
     ({"r": True}, "r is True, expected an integer"),
     ({"r": 2.0}, "r is 2.0, expected an integer"),
@@ -142,11 +168,21 @@ REFUSED = [
     ({"alpha_pattern": {"proj": 2}}, "'proj' of alpha_pattern matches no module"),
     ({"alpha_pattern": {"(": 2}}, "'(' is no regular expression"),
     ({"target_modules": "("}, "'(' is no regular expression"),
+    ({"modules_to_save": ["("]}, "'(' is no regular expression"),
     ({"target_modules": ["q_proj", "k_proj"]}, "lists 'k_proj', and the weights hold no"),
     ({"target_modules": ["proj"]}, "lists 'proj'"),
     ({"target_modules": ".*v_proj"}, "which the config's target_modules"),
     ({"exclude_modules": ["q_proj"]}, "leaves out: PEFT would drop it in silence"),
     ({"layers_to_transform": 1}, "leaves out"),
+    ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "leaves out"),
+    (
+        {"layers_to_transform": [0], "target_modules": ".*q_proj"},
+        "PEFT takes it only beside a list of target_modules",
+    ),
+    (
+        {"layers_pattern": "layers"},
+        "layers_pattern is 'layers' without layers_to_transform",
+    ),
     ({"task_type": "POETRY"}, "task_type is 'POETRY'"),
     ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
 ]
@@ -162,31 +198,74 @@ def test_config_that_means_more_or_something_else_is_refused_by_name(changes, pr
 
 
 A, B = factors(Q0)
+P = "base_model.model."
 BAD_TENSORS = [
     ({}, "holds no tensors"),
     ({A: ("F32", (2, 6))}, f"{Q0} has no lora_B beside its other factor"),
     ({B: ("F32", (6, 2))}, f"{Q0} has no lora_A"),
     ({A: ("F32", (2, 6)), B: ("F32", (6, 3))}, "expected [rank, in] and [out, rank]"),
     ({A: ("F32", (0, 6)), B: ("F32", (6, 0))}, "expected [rank, in] and [out, rank]"),
-    ({A: ("F32", (2, 6, 1, 1)), B: ("F32", (6, 2, 1, 1))}, "only linear layers"),
+    ({A: ("F32", (2, 6, 1)), B: ("F32", (6, 2))}, "expected [rank, in, kernel…]"),
+    ({A: ("F32", (2, 6, 3)), B: ("F32", (6, 2, 3))}, "expected [rank, in, kernel…]"),
+    ({A: ("F32", (2, 5, 3)), B: ("F32", (6, 1, 1))}, "expected [rank, in, kernel…]"),
+    ({A: ("F32", (2,) * 6), B: ("F32", (2,) * 6)}, "expected [rank, in]"),
     ({A: ("F32", (2, 6)), B: ("BF16", (6, 2))}, "the factors are F32 and BF16"),
     ({A: ("I8", (2, 6)), B: ("I8", (6, 2))}, "the factors are I8 and I8"),
-    (factors(Q0) | {"base_model.model.score.weight": ("F32", (2,))}, "no low-rank factor"),
+    (factors(Q0) | {f"{P}score.weight": ("F32", (2,))}, "modules_to_save names no module"),
+    (factors(Q0) | {f"{P}weight": ("F32", (2,))}, "modules_to_save names no module"),
+    (factors(Q0) | {f"{P}norm.bias": ("F32", (2,))}, "is the bias of norm, and the"),
+    (
+        factors(Q0) | {f"{P}{Q0}.base_layer.bias": ("F32", (6,))},
+        f"is the bias of the target {Q0}, and the config's bias is 'none'",
+    ),
     (factors(Q0) | {"w_a_000": ("F32", (2,))}, "'w_a_000' is not named as PEFT does"),
+    ({f"{P}score.weight": ("F32", (2,))}, "the file holds no low-rank factor"),
     (
-        factors(Q0) | {f"base_model.model.{Q0}.lora_magnitude_vector": ("F32", (6,))},
-        "a magnitude of DoRA",
+        factors(Q0) | {f"{P}{Q0}.lora_magnitude_vector": ("F32", (6,))},
+        f"{Q0} has a lora_magnitude_vector, and the config's use_dora is not true",
     ),
     (
-        factors(Q0) | {"base_model.model.embed.lora_embedding_A": ("F32", (2, 6))},
-        "the update of an embedding",
+        factors(Q0) | {f"{P}{Q0}.lora_magnitude_vector": ("F32", (2, 3))},
+        "the magnitude is [2, 3], expected [6]",
     ),
-    (factors(Q0) | {f"base_model.model.{Q0}.lora_B.bias": ("F32", (6,))}, "a bias beside"),
+    (
+        factors(Q0) | {f"{P}{Q0}.lora_B.bias": ("I8", (6,))},
+        "the bias is I8, expected one of",
+    ),
+    (
+        factors(Q0) | {f"{P}embed.lora_embedding_A": ("F32", (2, 6))},
+        "embed has no lora_B beside its other factor",
+    ),
+    (
+        {A: ("F32", (2, 6)), f"{P}{Q0}.lora_embedding_B": ("F32", (6, 2))},
+        "has one factor of an embedding and one of another layer",
+    ),
+    (factors(Q0) | {f"{P}{Q0}.lora_B.bias": ("F32", (6,))}, "has a lora_B.bias, and"),
+    (factors(Q0) | {f"{P}{V0}.lora_B.bias": ("F32", (6,))}, f"{V0} has no lora_A"),
+    (factors(Q0) | {f"{P}{Q0}.lora_diag": ("F32", (2,))}, "a diagonal of KaSA"),
+    (factors(Q0, f"{Q0}.base_layer"), "the weights hold factors of 2 of its parameters"),
+    (factors(f"{Q0}.base_layer.out_proj"), "PEFT's layer for nn.MultiheadAttention"),
     (
         factors(Q0) | factors(Q0, prefix="base_model.model.base_model.model."),
         f"two tensors are factors of {Q0}",
     ),
-    ({"base_model.model.lora_A.weight": ("F32", (2, 6))}, "no low-rank factor"),
+    ({f"{P}lora_A.weight": ("F32", (2, 6))}, "no low-rank factor"),
+    (
+        factors(Q0) | {f"{P}lm_head.weight": ("I8", (6, 6))},
+        "is I8, expected one of BF16",
+    ),
+    (
+        factors(Q0) | {f"{P}score.original_module.bias": ("F32", (6,))},
+        "is not the same as the one it is a copy of",
+    ),
+    (
+        factors(Q0) | {f"{P}wte.token_adapter.trainable_tokens_delta": ("F32", (2, 6))},
+        "trainable_token_indices has no list for wte",
+    ),
+    (
+        factors(Q0) | {f"{P}wte.token_adapter.base_layer.weight": ("F32", (2, 6))},
+        "a whole embedding of which rows are saved too",
+    ),
 ]
 
 
@@ -198,63 +277,195 @@ def test_weights_that_are_no_pairs_of_factors_are_refused_by_name(tensors, probl
     assert problem in error.value.problem
 
 
-def test_config_holds_only_what_differs_from_the_defaults_of_peft():
-    source = read(config(task_type="CAUSAL_LM"), factors(Q0))
-
-    written = config_for(source, base_name="a/b", base_tensors=[f"{Q0}.weight"])
-
-    assert written == {
-        "base_model_name_or_path": "a/b",
-        "inference_mode": True,
-        "lora_alpha": 6,
-        "peft_type": "LORA",
-        "r": 2,
-        "target_modules": ["q_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    assert list(written) == sorted(written)
+ROWS = f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta"
+BAD_ROWS = [
+    ([1, 2, 3], (2, 6), "the trained rows are [2, 6], and trainable_token_indices names 3"),
+    ([1, 1], (2, 6), "names a token twice"),
+    ([1], (1,), "the trained rows are [1]"),
+    ({"embed_tokens": [1], "tokens": [2]}, (1, 6), "has several lists for"),
+    ({"wte": [1]}, (1, 6), "has no list for model.embed_tokens"),
+]
 
 
-def test_config_names_targets_by_last_parts_only_where_these_match_nothing_else():
-    parts = {Q0: (2, 4.0), V0: (2, 4.0)}
+@pytest.mark.parametrize(("indices", "shape", "problem"), BAD_ROWS, ids=repr)
+def test_rows_that_disagree_with_their_list_are_refused(indices, shape, problem):
+    with pytest.raises(FormatError) as error:
+        read(config(trainable_token_indices=indices), factors(Q0) | {ROWS: ("F32", shape)})
 
-    with_more_layers = build_config(
-        parts, "alpha/r", base_tensors=[f"{name}.weight" for name in (Q0, Q1, V0)]
+    assert problem in error.value.problem
+
+
+def test_names_in_trainable_token_indices_are_plain_endings_of_paths():
+    source = read(
+        config(trainable_token_indices={"tokens": [4, 1]}),
+        factors(Q0) | {ROWS: ("F32", (2, 6))},
     )
-    without_a_base = build_config(parts, "alpha/r")
 
-    assert with_more_layers["target_modules"] == [Q0, "v_proj"]
-    assert without_a_base["target_modules"] == [Q0, V0]
-
-
-def test_most_common_rank_is_the_plain_one_and_others_are_patterns():
-    parts = {Q0: (2, 4.0), Q1: (3, 4.0), V0: (2, 0.5)}
-
-    written = build_config(parts, "alpha/sqrt(r)")
-
-    assert written["r"] == 2
-    assert written["rank_pattern"] == {r"^model\.layers\.1\.self_attn\.q_proj": 3}
-    assert written["alpha_pattern"] == {"v_proj": 0.5}
-    assert written["use_rslora"] is True
+    (rows,) = source.replacements
+    assert (rows.name, rows.role, rows.rows) == (
+        "model.embed_tokens.weight",
+        "token_delta",
+        (4, 1),
+    )
 
 
-def test_written_config_is_read_back_with_the_same_scalings_whatever_the_order_of_keys():
-    parts = {Q0: (2, 4.0), Q1: (3, 5.0), V0: (2, 0.5)}
-    tensors = {}
-    for target, (rank, _) in parts.items():
-        tensors |= factors(target, rank=rank)
-    written = build_config(parts, "alpha/r")
+def test_several_parameters_of_unknown_order_are_refused():
+    tensors = factors("mlp.x", "mlp.x.base_layer", rank=4)
 
-    source = read(json.loads(json.dumps(written, sort_keys=True)), tensors)
-
-    assert {u.target: (u.rank, u.alpha) for u in source.updates} == parts
+    with pytest.raises(FormatError, match="which of them comes first is not known"):
+        read(config(target_modules=[], target_parameters=["x.one", "x.two"]), tensors)
 
 
-def test_alpha_beyond_the_integers_of_json_is_written_all_the_same():
-    written = build_config({Q0: (2, 1e20)}, "alpha/r")
+def test_bare_names_of_parameters_mean_those_that_a_module_has():
+    tensors = factors("mlp.experts", "mlp.experts.base_layer", "mlp.gate", rank=4)
+    names = ["gate_up_proj", "down_proj", "gate.weight"]
 
-    assert json.loads(canonical.encode(written))["lora_alpha"] == 1e20
+    source = read(config(target_modules=[], target_parameters=names), tensors)
+
+    assert [update.target for update in source.updates] == [
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+        "mlp.gate.weight",
+    ]
+    first = source.updates[1]
+    assert (first.rank, first.experts) == (2, 2)
+    assert first.a.name == "base_model.model.mlp.experts.base_layer.lora_A.weight"
 
 
-def test_tensor_names_are_those_of_peft():
-    assert set(peft.tensor_names(Q0)) == set(factors(Q0))
+def test_experts_whose_factors_are_no_multiple_of_the_rank_are_refused():
+    with pytest.raises(FormatError, match="the factors have rank 3"):
+        read(
+            config(target_modules=[], target_parameters=["experts.w"]),
+            factors("mlp.experts", rank=3),
+        )
+
+
+def test_heads_of_a_classifier_are_taken_though_an_older_peft_listed_none():
+    head = {f"{P}score.weight": ("F32", (3, 6))}
+
+    source = read(config(task_type="SEQ_CLS", modules_to_save=None), factors(Q0) | head)
+
+    (replaced,) = source.replacements
+    assert (replaced.name, replaced.role) == ("score.weight", "modules_to_save")
+
+
+def test_modules_to_save_means_every_module_whose_path_ends_so():
+    names = ("classifier.weight", "pre_classifier.weight", "pre_classifier.bias")
+    saved = {f"{P}{name}": ("F32", (6, 6)) for name in names}
+
+    source = read(config(modules_to_save=["classifier"]), factors(Q0) | saved)
+
+    assert [each.name for each in source.replacements] == sorted(names)
+
+
+def test_older_names_of_magnitudes_and_biases_are_read():
+    tensors = factors(Q0) | {
+        f"{P}{Q0}.lora_magnitude_vector.weight": ("F32", (6,)),
+        f"{P}{Q0}.bias": ("F32", (6,)),
+    }
+
+    source = read(config(use_dora=True, bias="lora_only"), tensors)
+
+    assert source.updates[0].magnitude is not None
+    assert [(r.name, r.role) for r in source.replacements] == [(f"{Q0}.bias", "bias")]
+
+
+def test_one_tensor_may_not_be_replaced_twice():
+    biases = {f"{P}{Q0}.bias": ("F32", (6,)), f"{P}{Q0}.base_layer.bias": ("F32", (6,))}
+
+    with pytest.raises(FormatError, match="the weights replace"):
+        read(config(bias="all"), factors(Q0) | biases)
+
+
+def test_dora_of_a_convolution_in_groups_is_refused():
+    tensors = {
+        f"{P}conv.lora_A.weight": ("F32", (2, 4, 3)),
+        f"{P}conv.lora_B.weight": ("F32", (6, 1, 1)),
+        f"{P}conv.lora_magnitude_vector": ("F32", (1, 6, 1)),
+    }
+
+    with pytest.raises(FormatError, match="DoRA of a convolution in groups"):
+        read(config(target_modules=["conv"], use_dora=True), tensors)
+
+
+def test_alora_beside_another_layer_than_linear_is_refused():
+    tensors = {
+        f"{P}wte.lora_embedding_A": ("F32", (2, 9)),
+        f"{P}wte.lora_embedding_B": ("F32", (6, 2)),
+    }
+
+    with pytest.raises(FormatError, match="with embedding, wte, which is not read"):
+        read(config(target_modules=["wte"], alora_invocation_tokens=[1]), tensors)
+
+
+def tied(**shapes):
+    names = {
+        "model.embed_tokens.lora_embedding_A": (2, 9),
+        "model.embed_tokens.lora_embedding_B": (6, 2),
+        "lm_head.lora_A.weight": (2, 6),
+        "lm_head.lora_B.weight": (9, 2),
+    }
+    return {f"{P}{name}": ("F32", shape) for name, shape in (names | shapes).items()}
+
+
+def test_tied_updates_that_are_not_one_are_refused():
+    tensors = tensor_bytes(tied(), {f"{P}lm_head.lora_A.weight": b"\1" * 48})
+
+    with pytest.raises(FormatError, match="the update of lm_head is not that of"):
+        read_peft(
+            config(target_modules=["embed_tokens"], ensure_weight_tying=True),
+            TensorFile.from_bytes(tensors, where="w"),
+            where="adapter",
+        )
+
+
+def test_tied_updates_with_unlike_scalings_are_refused():
+    with pytest.raises(FormatError, match="the update of lm_head is not that of"):
+        read(
+            config(
+                target_modules=["embed_tokens"],
+                ensure_weight_tying=True,
+                alpha_pattern={"embed_tokens": 3},
+            ),
+            tied(),
+        )
+
+
+def test_dora_of_tied_embeddings_is_refused():
+    magnitudes = {
+        f"{P}model.embed_tokens.lora_magnitude_vector": ("F32", (6,)),
+        f"{P}lm_head.lora_magnitude_vector": ("F32", (9,)),
+    }
+
+    with pytest.raises(FormatError, match="DoRA of tied embeddings"):
+        read(
+            config(
+                target_modules=["embed_tokens"], ensure_weight_tying=True, use_dora=True
+            ),
+            tied() | magnitudes,
+        )
+
+
+def test_whole_embeddings_that_are_tied_and_unequal_are_refused():
+    names = {
+        f"{P}{module}.weight": ("F32", (9, 6)) for module in ("lm_head", "embed_tokens")
+    }
+    tensors = tensor_bytes(factors(Q0) | names, {f"{P}lm_head.weight": b"\1" * 216})
+
+    with pytest.raises(FormatError, match=r"lm_head.weight is not embed_tokens.weight"):
+        read_peft(
+            config(ensure_weight_tying=True),
+            TensorFile.from_bytes(tensors, where="w"),
+            where="adapter",
+        )
+
+
+def test_rows_beside_an_update_of_the_same_embedding_are_refused():
+    tensors = {
+        f"{P}wte.lora_embedding_A": ("F32", (2, 9)),
+        f"{P}wte.lora_embedding_B": ("F32", (6, 2)),
+        f"{P}wte.token_adapter.trainable_tokens_delta": ("F32", (1, 6)),
+    }
+
+    with pytest.raises(FormatError, match=r"rows of wte.weight beside its own update"):
+        read(config(target_modules=["wte"], trainable_token_indices=[1]), tensors)
