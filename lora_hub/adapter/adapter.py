@@ -5,10 +5,12 @@ here changes an adapter; `dataclasses.replace` makes a new one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from lora_hub.adapter.update import Update
-from lora_hub.manifest.document import Base
+from lora_hub.manifest.document import Base, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,25 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Replaced:
+    """New numbers for a tensor of the base, or for some rows of it along the first axis.
+
+    Attributes:
+        tensor: the whole tensor, or one row for each of `rows`, in the dtype of its file.
+        rows: None replaces the whole.
+    """
+
+    tensor: Tensor
+    role: Role
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """All updates of one adapter, in memory.
+    """All that one adapter changes, in memory.
+
+    With a weight w, a replaced tensor W' acts as `W + w * (W' - W)`; updates of the same
+    tensor act on what is replaced.
 
     Attributes:
         updates: target → update, in order of the targets' names.
@@ -33,6 +52,10 @@ class Adapter:
         base_name: what the author called the base; a hint, never an identity.
         task_type: PEFT's task type, e.g. CAUSAL_LM.
         parents: what it was composed from.
+        replaced: name of a tensor of the base → what takes its place.
+        alora_tokens: of an aLoRA, which acts from their last occurrence on; else empty.
+        ties_weights: whether an update of the input embedding is meant for the output
+            embedding tied to it too.
     """
 
     updates: Mapping[str, Update]
@@ -43,3 +66,6 @@ class Adapter:
     base_name: str | None = None
     task_type: str | None = None
     parents: tuple[Parent, ...] = ()
+    replaced: Mapping[str, Replaced] = field(default_factory=dict)
+    alora_tokens: tuple[int, ...] = ()
+    ties_weights: bool = False

@@ -2,14 +2,17 @@
 
 A file has one alpha for each target, an update one scaling for each row. Where the rows
 agree, the factors keep their bits. Where they do not, as in a sum of adapters with unlike
-weights, `b` takes up the difference, rounded once.
+weights, `b` takes up the difference, rounded once. What PEFT's names and config are is
+told in `formats/peft_write.py`, and what it cannot say is refused there.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lora_hub import atomic, canonical
@@ -18,7 +21,7 @@ from lora_hub.adapter.tensor_bytes import NAMES, to_bytes
 from lora_hub.adapter.update import Update
 from lora_hub.errors import FormatError
 from lora_hub.formats import peft, peft_config
-from lora_hub.formats.source import AdapterSource, UpdateSource
+from lora_hub.formats.source import AdapterSource, Replacement, UpdateSource
 from lora_hub.scaling import ScalingRule, scaling
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.write import chunks_of, write_tensors
@@ -34,15 +37,20 @@ def save(adapter: Adapter, folder: Path, *, base_name: str | None = None) -> Non
 
     Raises:
         FormatError: as `to_source`.
+        LossyConversion: PEFT cannot say the whole adapter.
         StoreError: the folder exists and is not empty, or cannot be written.
     """
     source = to_source(adapter)
     config = peft.config_for(source, base_name=base_name or adapter.base_name)
-    infos = source.tensors.header.tensors.values()
-    specs = [(info.name, info.dtype, info.shape) for info in infos]
+    tensors = peft.tensors_for(source)
+    specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     with atomic.new_folder(folder) as temporary:
         atomic.replace(temporary / peft_config.CONFIG_NAME, [canonical.encode(config)])
-        write_tensors(temporary / peft.WEIGHTS_NAME, specs, source.tensors.chunks)
+        write_tensors(
+            temporary / peft.WEIGHTS_NAME,
+            specs,
+            lambda name: source.tensors.chunks(tensors[name].name),
+        )
 
 
 def to_source(adapter: Adapter) -> AdapterSource:
@@ -51,41 +59,101 @@ def to_source(adapter: Adapter) -> AdapterSource:
     Factors keep dtype and bits where all rows of an update have one scaling up to its
     sign. Elsewhere the most common scaling is kept, and the columns of `b` that have
     another one are multiplied by the ratio: in the dtype of the factors where that is
-    exact, else rounded once to float32 (float64 stays).
+    exact, else rounded once to float32 (float64 stays). Magnitudes and biases take the
+    narrowest dtype that holds them; a bias whose quotient by the scaling is none of its
+    own is rounded once. As PEFT has a bias for all targets or none, others get one of zero.
 
     Raises:
-        FormatError: an update holds p, q or a bias, which plain LoRA cannot say.
+        FormatError: an update scales the base's weight (p, q), which plain LoRA cannot
+            say; or it has no factors.
     """
+    tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    factors: dict[str, Tensor] = {}
+    has_bias = any(update.bias is not None for update in adapter.updates.values())
     for target, update in sorted(adapter.updates.items()):
         _check_low_rank(target, update)
-        alphas[target], a, b = _with_one_alpha(update)
-        factors.update(zip(peft.tensor_names(target), (a, b), strict=True))
-    file = _file(factors, where=adapter.name or "the adapter")
+        alphas[target], parts = _parts(update, has_bias=has_bias)
+        tensors |= {_name(target, part): tensor for part, tensor in parts.items()}
+    tensors |= {_name(name): each.tensor for name, each in adapter.replaced.items()}
+    file = _file(tensors, where=adapter.name or "the adapter")
     return AdapterSource(
-        updates=tuple(_update(file, target, alpha) for target, alpha in alphas.items()),
+        updates=tuple(
+            _update(file, target, alpha, adapter.updates[target])
+            for target, alpha in alphas.items()
+        ),
         tensors=file,
         base_name=adapter.base_name,
         task_type=adapter.task_type,
+        replacements=tuple(
+            Replacement(name, each.role, file.info(_name(name)), each.rows)
+            for name, each in sorted(adapter.replaced.items())
+        ),
+        alora_tokens=adapter.alora_tokens,
+        ties_weights=adapter.ties_weights,
     )
 
 
-def _update(file: TensorFile, target: str, alpha: float) -> UpdateSource:
-    a, b = map(file.info, peft.tensor_names(target))
-    return UpdateSource(target=target, rank=a.shape[0], alpha=alpha, rule=_RULE, a=a, b=b)
+def _name(owner: str, part: str = "") -> str:
+    return f"update {owner}: {part}" if part else f"replaced {owner}"
+
+
+def _update(file: TensorFile, target: str, alpha: float, update: Update) -> UpdateSource:
+    held = {
+        part: file.info(_name(target, part)) if has else None
+        for part, has in (
+            ("magnitude", update.magnitude is not None),
+            ("bias", _name(target, "bias") in file.header.tensors),
+        )
+    }
+    a, b = (file.info(_name(target, part)) for part in "ab")
+    return UpdateSource(
+        target=target,
+        rank=update.rank,
+        alpha=alpha,
+        rule=_RULE,
+        a=a,
+        b=b,
+        layer=update.layer,
+        **held,
+    )
 
 
 def _check_low_rank(target: str, update: Update) -> None:
-    terms = {"p (rows)": update.p, "q (columns)": update.q, "a bias": update.bias}
+    terms = {"p (rows)": update.p, "q (columns)": update.q, "the bias": update.bias_scale}
     held = [name for name, term in terms.items() if term is not None]
     if held:
         raise FormatError(
-            f"the update scales or shifts the base by {', '.join(held)}, which a LoRA "
-            "file cannot say",
+            f"the update scales the base by {', '.join(held)}, which a LoRA file cannot "
+            "say",
             where=target,
             hint="merge the adapter into its base instead",
         )
+    if not update.rank:
+        raise FormatError("the update has no factors", where=target)
+
+
+def _parts(update: Update, *, has_bias: bool) -> tuple[float, dict[str, Tensor]]:
+    """Return alpha, and the tensors of an update in the shapes of its file."""
+    alpha, a, b = _with_one_alpha(update)
+    parts = {"a": a, "b": b}
+    if update.magnitude is not None:
+        parts["magnitude"] = _narrowed(update.magnitude, a.dtype)
+    if has_bias and update.layer in ("linear", "conv"):
+        parts["bias"] = _bias(update, scaling(alpha, update.rank, _RULE), a.dtype)
+    if update.layer == "experts":
+        parts["a"] = a.flatten(0, 1)
+        parts["b"] = b.permute(1, 2, 0).flatten(1)
+    elif update.layer == "conv":
+        axes = (1,) * len(update.kernel)
+        parts["a"] = a.reshape(update.rank, -1, *update.kernel)
+        parts["b"] = _by_groups(b, update.groups).reshape(b.shape[0], -1, *axes)
+    return alpha, parts
+
+
+def _by_groups(b: Float[Tensor, "out rank"], groups: int) -> Float[Tensor, "out width"]:
+    """Return the blocks of a block-diagonal `b`, one below the other."""
+    rows = b.chunk(groups)
+    return torch.cat([block.chunk(groups, dim=1)[at] for at, block in enumerate(rows)])
 
 
 def _with_one_alpha(update: Update) -> tuple[float, Tensor, Tensor]:
@@ -95,8 +163,10 @@ def _with_one_alpha(update: Update) -> tuple[float, Tensor, Tensor]:
     # stay below one and the order of rows has no say.
     counts = Counter(update.scaling.abs().tolist())
     common = max(counts, key=lambda value: (counts[value], value))
-    alpha = _alpha(common, update.rank)
     ratio = update.scaling / common if common else torch.ones_like(update.scaling)
+    if not common and update.bias is not None:
+        common, ratio = 1.0, torch.zeros_like(ratio)  # what the bias is divided by
+    alpha = _alpha(common, update.rank)
     dtype = torch.promote_types(update.a.dtype, update.b.dtype)
     exact = update.b.double() * ratio
     if not torch.equal(exact.to(dtype).double(), exact):
@@ -111,10 +181,33 @@ def _alpha(wanted: float, rank: int) -> float:
     return min(near, key=lambda alpha: abs(scaling(alpha, rank, _RULE) - wanted))
 
 
-def _file(factors: dict[str, Tensor], *, where: str) -> TensorFile:
+def _bias(update: Update, by: float, dtype: torch.dtype) -> Tensor:
+    """Return what times the scaling is the bias."""
+    if update.bias is None:
+        return torch.zeros(update.shape[0], dtype=dtype)
+    quotient = update.bias / by
+    for narrow in _dtypes(dtype):
+        if torch.equal(quotient.to(narrow).double() * by, update.bias):
+            return quotient.to(narrow)
+    return quotient.to(torch.promote_types(dtype, torch.float32))
+
+
+def _narrowed(vector: Float64[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """Return the vector in a dtype that holds it, that of the factors if it does."""
+    for narrow in _dtypes(dtype):
+        if torch.equal(vector.to(narrow).double(), vector):
+            return vector.to(narrow)
+    return vector
+
+
+def _dtypes(first: torch.dtype) -> Iterable[torch.dtype]:
+    return first, torch.float32, torch.float64
+
+
+def _file(tensors: dict[str, Tensor], *, where: str) -> TensorFile:
     specs = [
         (name, NAMES[tensor.dtype], tuple(tensor.shape))
-        for name, tensor in sorted(factors.items())
+        for name, tensor in sorted(tensors.items())
     ]
-    data = b"".join(chunks_of(specs, lambda name: [to_bytes(factors[name])]))
+    data = b"".join(chunks_of(specs, lambda name: [to_bytes(tensors[name])]))
     return TensorFile.from_bytes(data, where=where)

@@ -11,8 +11,10 @@ import msgspec
 
 from lora_hub.adapter.adapter import Adapter, Parent
 from lora_hub.adapter.update import Update
+from lora_hub.composing.agree import disagreement
 from lora_hub.composing.linear import Term
 from lora_hub.composing.methods import METHODS, Method
+from lora_hub.composing.replaced import replaced_of
 from lora_hub.errors import ComposeError
 from lora_hub.manifest.document import Base, Policy
 
@@ -38,7 +40,9 @@ def compose(
 
     Raises:
         ComposeError: no parts, an unknown method, a weight that is not finite, adapters of
-            different bases, or a target whose shapes disagree.
+            different bases, a target whose layers or shapes disagree; a sum that depends on
+            the base's weights: of a DoRA update that is not alone with weight 1, of
+            replaced tensors (`replaced.py`); or adapters that act on other tokens.
     """
     chosen = _method(method)
     _check_weights(parts)
@@ -57,6 +61,9 @@ def compose(
         parents=tuple(
             Parent(adapter.name, adapter.digest, float(weight)) for adapter, weight in parts
         ),
+        replaced=replaced_of(parts),
+        alora_tokens=_common_tokens(parts),
+        ties_weights=_common_ties(parts),
     )
 
 
@@ -84,23 +91,64 @@ def _check_weights(parts: Sequence[Part]) -> None:
 
 def _combined(target: str, parts: Sequence[Part], method: Method) -> Update:
     terms: list[Term] = []
-    first: tuple[str, tuple[int, int]] | None = None
+    names: list[str] = []
     for index, (adapter, weight) in enumerate(parts):
         update = adapter.updates.get(target)
         if update is None:
             continue
-        called = _called(adapter, index)
-        if first is None:
-            first = called, update.shape
-        elif update.shape != first[1]:
-            raise ComposeError(
-                f"{first[0]} changes a weight of shape {list(first[1])}, {called} one of "
-                f"shape {list(update.shape)}",
-                where=target,
-                hint="these adapters were made for different bases",
-            )
+        names.append(_called(adapter, index))
+        for (other, _), called in zip(terms, names, strict=False):
+            different = disagreement(other, update)
+            if different is not None:
+                raise ComposeError(
+                    f"{called} changes {different[0]}, {names[-1]} {different[1]}",
+                    where=target,
+                    hint="these adapters were made for different bases",
+                )
         terms.append((update, float(weight)))
+    for (update, weight), called in zip(terms, names, strict=True):
+        if update.magnitude is not None and (len(terms) > 1 or weight != 1):
+            raise ComposeError(
+                f"{called} is a DoRA adapter, whose weighted sum needs the base's weight",
+                where=target,
+                hint="attach the adapters together, or merge them into the base together",
+            )
     return method.function(terms)
+
+
+def _common_tokens(parts: Sequence[Part]) -> tuple[int, ...]:
+    """Return the invocation tokens from which all parts act; empty where all act always."""
+    first = parts[0][0].alora_tokens
+    for index, (adapter, _) in enumerate(parts[1:], start=1):
+        if adapter.alora_tokens != first:
+            raise ComposeError(
+                f"{_called(parts[0][0], 0)} acts {_when(first)}, "
+                f"{_called(adapter, index)} {_when(adapter.alora_tokens)}",
+                hint="adapters that act on the same tokens can be composed",
+            )
+    return first
+
+
+def _when(tokens: tuple[int, ...]) -> str:
+    return f"from its invocation tokens {list(tokens)} on" if tokens else "on every token"
+
+
+def _common_ties(parts: Sequence[Part]) -> bool:
+    """Return whether changes of the input embedding are the output embedding's too."""
+    concerned = [
+        (_called(adapter, index), adapter.ties_weights)
+        for index, (adapter, _) in enumerate(parts)
+        if adapter.replaced or any(u.layer == "embedding" for u in adapter.updates.values())
+    ]
+    tied = [name for name, ties in concerned if ties]
+    loose = [name for name, ties in concerned if not ties]
+    if tied and loose:
+        raise ComposeError(
+            f"{tied[0]} changes the output embedding with the input embedding, {loose[0]} "
+            "does not",
+            hint="attach the adapters together, or merge them into the base together",
+        )
+    return bool(tied)
 
 
 def _common_base(parts: Sequence[Part]) -> Base | None:
@@ -119,10 +167,14 @@ def _common_base(parts: Sequence[Part]) -> Base | None:
                 f"{first_name} was made for base {first.root}, {name} for {base.root}",
                 hint="adapters of one base can be composed; see `lorahub inspect`",
             )
-    targets = {target.module: target for _, base in known for target in base.targets}
+    targets = {
+        (target.module, target.tensor or ""): target
+        for _, base in known
+        for target in base.targets
+    }
     return msgspec.structs.replace(
         first,
-        targets=tuple(targets[module] for module in sorted(targets)),
+        targets=tuple(targets[key] for key in sorted(targets)),
         variants=tuple(
             variant
             for variant in first.variants

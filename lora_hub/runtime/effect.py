@@ -1,24 +1,25 @@
-"""What adapters add to one linear layer's output: the arithmetic of attaching.
+"""What adapters add to one layer's output, as a forward hook.
 
-    y = W·x + b₀  becomes  y + b·(a·x) + p⊙(W·x) + W·(q⊙x) + bias
-
-An `Effect` is a forward hook. The layer computes its own output as ever and its weight is
-never touched, so taking the hook off is taking the adapter off.
+The layer computes its own output as ever and its weight is never touched, so taking the
+hook off is taking the adapter off. The arithmetic of each kind of layer stands in
+`added.py`; this file decides the dtype, folds the weights in and follows the input.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lora_hub.composing.linear import Term, cat
+from lora_hub.runtime.added import ADDED
 
 # Dtypes that torch computes in. A layer stored in another one, such as fp8, gives float32.
-_COMPUTES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+COMPUTES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+# From the output of the layer to which of its rows are adapted, as a mask that broadcasts.
+Gate = Callable[[Tensor], Tensor]
 
 
 class Effect:
@@ -29,18 +30,34 @@ class Effect:
     16-bit factors are rounded once. Follows the layer's input from device to device.
 
     Args:
-        terms: updates of this layer's target and their weights, at least one.
+        terms: updates of this layer's target and their weights, at least one; resolved.
         layer: the layer it will act on.
+        dtype: of the factors as they were trained, where that is not what they are in.
+        gate: where to act; everywhere without.
     """
 
-    __slots__ = ("_compute", "_tensors")
+    __slots__ = ("_added", "_compute", "_gate", "_tensors")
 
     # Not in inference mode, whose tensors could not be used in training afterwards.
     @torch.inference_mode(mode=False)
-    def __init__(self, terms: Sequence[Term], layer: nn.Linear) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        layer: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         update = cat(terms)
-        own = layer.weight.dtype if layer.weight.dtype in _COMPUTES else torch.float32
-        self._compute = reduce(torch.promote_types, (update.a.dtype, update.b.dtype), own)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        own = weight.dtype if weight.dtype in COMPUTES else torch.float32
+        trained = dtype or torch.promote_types(update.a.dtype, update.b.dtype)
+        if not update.rank:  # no factors, whose dtype would count
+            trained = own
+        self._compute = torch.promote_types(own, trained)
+        self._added = ADDED[update.layer]
+        self._gate = gate
         fold = torch.promote_types(self._compute, torch.float32)
         # To the dtype first: not every device has float64.
         scaling = update.scaling.to(fold).to(update.b.device)
@@ -50,6 +67,7 @@ class Effect:
             "p": update.p,
             "q": update.q,
             "bias": update.bias,
+            "bias_scale": update.bias_scale,
         }
         self._tensors = {
             name: _of_its_own(tensor.to(self._compute).to(update.a.device))
@@ -64,15 +82,17 @@ class Effect:
 
     def __call__(
         self,
-        layer: nn.Linear,
+        layer: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        output: Float[Tensor, "*batch out"],
-    ) -> Float[Tensor, "*batch out"]:
+        output: Float[Tensor, "*batch"],
+    ) -> Float[Tensor, "*batch"]:
         """Return the layer's output with the effect added; called by torch."""
-        x: Tensor = args[0] if args else kwargs["input"]
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         own = self._on(x.device)
-        return self._added(own, layer, x.to(self._compute), output).to(output.dtype)
+        x = x.to(self._compute) if x.is_floating_point() else x
+        y = self._added(own, layer, x, output.to(self._compute)).to(output.dtype)
+        return y if self._gate is None else torch.where(self._gate(output), y, output)
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         if device == self._tensors["a"].device:
@@ -82,25 +102,6 @@ class Effect:
         if device.type != "meta":  # where shapes alone are tried, and numbers would be lost
             self._tensors = moved
         return moved
-
-    def _added(
-        self,
-        own: Mapping[str, Tensor],
-        layer: nn.Linear,
-        x: Float[Tensor, "*batch inp"],
-        output: Float[Tensor, "*batch out"],
-    ) -> Float[Tensor, "*batch out"]:
-        y = output.to(self._compute) + linear(linear(x, own["a"]), own["b"])
-        if "p" in own:
-            # p scales W·x and not the layer's own bias.
-            bias: Tensor | None = layer.bias
-            wx = output.to(self._compute)
-            y = y + own["p"] * (wx if bias is None else wx - bias)
-        if "q" in own:
-            y = y + linear(x * own["q"], layer.weight.to(self._compute))
-        if "bias" in own:
-            y = y + own["bias"]
-        return y
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

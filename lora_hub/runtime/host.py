@@ -5,9 +5,11 @@
     host.use({"style/shakespeare": 0.7})   # acts from the next call of the model on
     host.detach()                          # the model is the object it was
 
-Parameters and modules are never touched: the effect of what is used rides on forward
-hooks (`effect.py`), which exist only while an adapter is used. Where adapters come from is
-told by `find`; whether they belong to the model by `report.py` and `layers.py`.
+Parameters are never written to: the effect of what is used rides on forward hooks, which
+exist only while an adapter is used (`act.py`). Most add to what a layer gives
+(`effect.py`); what replaces a tensor, and what changes experts, stands in for it while its
+module runs (`swap.py`). Where adapters come from is told by `find`; whether they belong to
+the model by `report.py` and `prepare.py`.
 
 A host is for one thread at a time, and one host for a model. A deep copy of a model keeps
 what acted when it was copied, and no host takes that off it.
@@ -17,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -25,19 +27,17 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
-from lora_hub.adapter.update import Update
-from lora_hub.composing.linear import Term
-from lora_hub.errors import ComposeError, FitError, InputError, NotFoundError
+from lora_hub.errors import FitError, InputError, NotFoundError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base, Policy
+from lora_hub.runtime.act import Acting, Acts
 from lora_hub.runtime.base_view import Known, ModelBase
-from lora_hub.runtime.effect import Effect
-from lora_hub.runtime.layers import layers_of
+from lora_hub.runtime.prepare import Prepared, prepare
 from lora_hub.runtime.report import LoadReport, fit_of, unidentified
+from lora_hub.runtime.same import is_same
 
 Weights = Mapping[str, float]
 
@@ -66,8 +66,7 @@ class Found(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     adapter: Adapter
-    updates: Mapping[str, Update]  # factors on the devices of their layers
-    layers: Mapping[str, nn.Linear]
+    prepared: Prepared
     report: LoadReport
 
 
@@ -88,7 +87,7 @@ class Host:
         self._loaded: dict[str, _Loaded] = {}
         self._used: dict[str, float] = {}
         self._outer: list[dict[str, float]] = []  # what open `using` blocks will restore
-        self._hooks: list[RemovableHandle] = []
+        self._acts: Acts | None = None
         self._digests: Known = {}
 
     def __repr__(self) -> str:
@@ -138,25 +137,23 @@ class Host:
         adapter, notes = self._adapter(what)
         name = _name(as_ or adapter.name, what)
         fit = fit_of(adapter, ModelBase(model, self._digests), policy, name)
-        layers = layers_of(model, adapter.updates, where=name)
+        loaded = self._loaded.get(name)
+        again = loaded is not None and is_same(loaded.adapter, adapter)
+        if not again:
+            self._check_free(name)
+        prepared = prepare(model, adapter, where=name)
         report = LoadReport(
             name=name,
             version=adapter.version,
             digest=adapter.digest,
-            targets=len(layers),
+            targets=len(adapter.updates) + len(adapter.replaced),
             fit=fit,
-            notes=(*notes, *unidentified(adapter)),
+            notes=(*notes, *prepared.notes, *unidentified(adapter)),
         )
-        loaded = self._loaded.get(name)
-        if loaded is None or not _is_same(loaded.adapter, adapter):
-            self._check_free(name)
-            updates = {
-                target: _beside(layers[target], update)
-                for target, update in adapter.updates.items()
-            }
-            self._loaded[name] = _Loaded(adapter, updates, layers, report)
-        else:
+        if loaded is not None and again:
             self._loaded[name] = replace(loaded, report=report)
+        else:
+            self._loaded[name] = _Loaded(adapter, prepared, report)
         return report
 
     def use(self, what: str | Weights | None) -> None:
@@ -174,12 +171,13 @@ class Host:
         """
         model = self._attached()
         weights = self._weights(what)
-        effects = self._effects(model, weights)  # first, so that a failure changes nothing
-        if effects or self._hooks:
+        acts = self._act(model, weights)  # first, so that a failure changes nothing
+        if acts is not None or self._acts is not None:
             _forget_compiled()
-        self._remove_hooks()
-        for layer, effect in effects:
-            self._hooks.append(layer.register_forward_hook(effect, with_kwargs=True))
+        self._take_off()
+        if acts is not None:
+            acts.put_on(model)
+        self._acts = acts
         self._used = weights
 
     @contextmanager
@@ -221,9 +219,9 @@ class Host:
 
         The host lets all adapters go and cannot be used again. Detaching twice is fine.
         """
-        if self._hooks:
+        if self._acts is not None:
             _forget_compiled()
-        self._remove_hooks()
+        self._take_off()
         self._used = {}
         self._loaded.clear()
         self._digests.clear()
@@ -288,47 +286,31 @@ class Host:
                 )
         return {name: float(weight) for name, weight in weights.items()}
 
-    def _effects(
-        self, model: nn.Module, weights: Weights
-    ) -> list[tuple[nn.Linear, Effect]]:
-        terms: dict[str, list[Term]] = {}
-        layers: dict[str, nn.Linear] = {}
+    def _act(self, model: nn.Module, weights: Weights) -> Acts | None:
+        """Return the hooks of what is to be used, None where that is the base alone."""
+        acting = []
         for name, weight in weights.items():
             if weight == 0:
                 continue  # the base alone, bit for bit
             loaded = self._loaded[name]
-            _check_in_place(model, loaded.layers, name)
-            layers.update(loaded.layers)
-            for target, update in loaded.updates.items():
-                terms.setdefault(target, []).append((update, weight))
-        return [
-            (layers[target], _effect(target, each, layers[target]))
-            for target, each in terms.items()
-        ]
+            _check_in_place(model, loaded.prepared, name)
+            tokens = loaded.adapter.alora_tokens
+            acting.append(Acting(name, loaded.prepared, weight, tokens))
+        return Acts(acting) if acting else None
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def _take_off(self) -> None:
+        if self._acts is not None:
+            self._acts.take_off()
+        self._acts = None
 
 
-def _effect(target: str, terms: list[Term], layer: nn.Linear) -> Effect:
-    effect = Effect(terms, layer)
-    if not effect.is_finite:
-        raise ComposeError(
-            "the adapters and their weights make numbers that are not finite in the dtype "
-            "which is computed in",
-            where=target,
-            hint="give smaller weights; `lorahub validate` finds NaN in adapters",
-        )
-    return effect
-
-
-def _check_in_place(model: nn.Module, layers: Mapping[str, nn.Linear], name: str) -> None:
+def _check_in_place(model: nn.Module, prepared: Prepared, name: str) -> None:
     """Refuse layers that the model does not call any more: a hook would do nothing."""
     called = set(model.modules())
-    for target, layer in layers.items():
-        if layer not in called:
+    places = {target: aimed.place for target, aimed in prepared.updates.items()}
+    places |= {tensor: place for tensor, (place, _) in prepared.replaced.items()}
+    for target, place in places.items():
+        if place.module not in called:
             raise FitError(
                 f"the layer {target} was replaced after the adapter was loaded",
                 where=name,
@@ -356,31 +338,3 @@ def _name(name: str | None, what: str | Path | Adapter) -> str:
         where=None if isinstance(what, Adapter) else str(what),
         hint='give it one: host.load(..., as_="mine")',
     )
-
-
-def _is_same(one: Adapter, other: Adapter) -> bool:
-    """Return whether they are one package, or, where that is not known, the same bits."""
-    if one is other or one.digest or other.digest:
-        return one is other or one.digest == other.digest
-    return one.updates.keys() == other.updates.keys() and all(
-        _is_equal(update, other.updates[target]) for target, update in one.updates.items()
-    )
-
-
-def _is_equal(one: Update, other: Update) -> bool:
-    for field in fields(Update):
-        this, that = getattr(one, field.name), getattr(other, field.name)
-        if this is None or that is None:
-            if this is not that:
-                return False
-        elif this.dtype != that.dtype or not torch.equal(this, that):
-            return False
-    return True
-
-
-def _beside(layer: nn.Linear, update: Update) -> Update:
-    """Return the update with its factors on the layer's device."""
-    device = layer.weight.device
-    if device.type == "meta":  # the layer's weight comes when it is called, so do factors
-        return update
-    return replace(update, a=update.a.to(device), b=update.b.to(device))

@@ -17,7 +17,8 @@ class LoadReport:
         name: by which the host knows the adapter.
         version: of its package, None where it has none.
         digest: its package digest, None where it has none.
-        targets: how many targets it has; every one of them was found in the model.
+        targets: how many targets and replaced tensors it has; every one of them was found
+            in the model.
         fit: how the base was checked; None where the adapter does not say which it is.
         notes: what else a person should hear.
     """
@@ -76,8 +77,12 @@ def unidentified(adapter: Adapter) -> tuple[str, ...]:
     """Say which targets of a composed adapter nobody compared with a recorded base."""
     if adapter.base is None:
         return ()
-    recorded = {target.module for target in adapter.base.targets}
-    count = len(adapter.updates.keys() - recorded)
+    recorded = {each.tensor or f"{each.module}.weight" for each in adapter.base.targets}
+    changed = {
+        target if update.layer == "experts" else f"{target}.weight"
+        for target, update in adapter.updates.items()
+    }
+    count = len((changed | adapter.replaced.keys()) - recorded)
     if not count:
         return ()
     return (f"{count} of its targets come from an adapter whose base was not identified",)

@@ -1,12 +1,13 @@
 """What is saved is read back by our own reader and by PEFT, which must both do the same."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 
-from lora_hub.adapter.adapter import Adapter
+from lora_hub.adapter.adapter import Adapter, Replaced
 from lora_hub.adapter.load import load
 from lora_hub.adapter.save import save, to_source
 from lora_hub.adapter.update import Update, delta
@@ -94,7 +95,7 @@ def test_an_adapter_of_zeros_stays_one():
     assert not delta(back).any()
 
 
-@pytest.mark.parametrize("field", ["p", "q", "bias"])
+@pytest.mark.parametrize("field", ["p", "q", "bias_scale"])
 def test_refuses_by_name_what_lora_cannot_say(field):
     given = adapter([1.0])
     update = given.updates[Q]
@@ -104,6 +105,95 @@ def test_refuses_by_name_what_lora_cannot_say(field):
         to_source(Adapter({Q: Update(update.a, update.b, update.scaling, **parts)}))
 
     assert error.value.where == Q
+
+
+def test_refuses_an_update_without_factors():
+    nothing = Update(torch.zeros(0, 16), torch.zeros(16, 0), torch.zeros(0).double())
+
+    with pytest.raises(FormatError, match="has no factors"):
+        to_source(Adapter({Q: nothing}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_and_bias_come_back_bit_for_bit(dtype):
+    plain = adapter([16 / math.sqrt(3)] * 3, dtype).updates[Q]
+    bias = torch.randn(16).to(dtype).double() * plain.scaling[0]
+    magnitude = torch.rand(16).to(dtype).double()
+
+    found = to_source(Adapter({Q: replace(plain, bias=bias, magnitude=magnitude)}))
+
+    name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    assert (found.updates[0].bias.dtype, found.updates[0].magnitude.dtype) == (name, name)
+    back = load(found).updates[Q]
+    assert torch.equal(back.bias, bias)
+    assert torch.equal(back.magnitude, magnitude)
+
+
+def test_beside_a_bias_other_targets_get_one_of_zero():
+    with_bias = replace(adapter([2.0]).updates[Q], bias=torch.ones(16).double())
+
+    back = read_back(Adapter({Q: with_bias, **adapter([2.0], target=V).updates}))
+
+    assert torch.equal(back[Q].bias, torch.ones(16).double())
+    assert not back[V].bias.any()
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        Update(
+            torch.randn(2, 12),
+            torch.randn(4, 2),
+            torch.ones(2).double(),
+            layer="conv",
+            kernel=(3, 1),
+        ),
+        Update(
+            torch.randn(2, 12),
+            torch.block_diag(torch.randn(2, 1), torch.randn(2, 1)),
+            torch.ones(2).double(),
+            layer="conv",
+            kernel=(3,),
+            groups=2,
+        ),
+        Update(
+            torch.randn(3, 2, 5),
+            torch.randn(3, 4, 2),
+            torch.ones(2).double(),
+            layer="experts",
+        ),
+        Update(
+            torch.randn(2, 9), torch.randn(4, 2), torch.ones(2).double(), layer="embedding"
+        ),
+    ],
+)
+def test_every_kind_of_layer_comes_back_bit_for_bit(update):
+    back = read_back(Adapter({"x": update}))["x"]
+
+    assert (back.layer, back.kernel, back.groups) == (
+        update.layer,
+        update.kernel,
+        update.groups,
+    )
+    assert torch.equal(back.a, update.a)
+    assert torch.equal(back.b, update.b)
+
+
+def test_replaced_tensors_and_what_belongs_to_the_whole_come_back():
+    rows = Replaced(torch.randn(2, 16).bfloat16(), "token_delta", (3, 1))
+    given = replace(
+        adapter([1.0]),
+        replaced={"model.embed_tokens.weight": rows},
+        alora_tokens=(1, 2),
+        ties_weights=True,
+    )
+
+    back = load(to_source(given))
+
+    found = back.replaced["model.embed_tokens.weight"]
+    assert (found.role, found.rows) == ("token_delta", (3, 1))
+    assert torch.equal(found.tensor, rows.tensor)
+    assert (back.alora_tokens, back.ties_weights) == ((1, 2), True)
 
 
 def test_refuses_a_folder_that_holds_something(tmp_path):

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
 
-from lora_hub.adapter.adapter import Adapter, Parent
+from lora_hub.adapter.adapter import Adapter, Parent, Replaced
 from lora_hub.adapter.update import Update
 from lora_hub.composing.compose import compose
 from lora_hub.errors import ComposeError
@@ -126,3 +128,182 @@ def test_an_unknown_method_is_answered_with_those_there_are():
         compose([(adapter("a"), 1.0)], "ties")
 
     assert error.value.hint == "methods: linear, cat"
+
+
+def update(rank=2, out=3, inp=4, **fields):
+    return Update(
+        torch.randn(rank, inp), torch.randn(out, rank), torch.ones(rank).double(), **fields
+    )
+
+
+def dora(name=None):
+    return Adapter({"a": update(magnitude=torch.ones(3).double())}, name=name)
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_dora_alone_with_weight_one_passes_unchanged(method):
+    one = dora()
+
+    result = compose([(one, 1.0), (adapter("b"), 0.5)], method)
+
+    assert result.updates["a"].magnitude is one.updates["a"].magnitude
+    assert result.updates["a"].a is one.updates["a"].a
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(dora("x/dora"), 0.5)],
+        [(dora("x/dora"), 1.0), (adapter("a"), 1.0)],
+        [(adapter("a"), 1.0), (dora("x/dora"), 1.0)],
+    ],
+)
+def test_refuses_a_sum_with_dora_by_name(parts):
+    with pytest.raises(ComposeError) as error:
+        compose(parts)
+
+    assert error.value.where == "a"
+    assert error.value.problem == (
+        "x/dora is a DoRA adapter, whose weighted sum needs the base's weight"
+    )
+    assert "attach the adapters together" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (
+            update(layer="embedding"),
+            update(),
+            "a layer of kind embedding, adapter 2 one of kind linear",
+        ),
+        (
+            update(inp=12, layer="conv", kernel=(3,)),
+            update(inp=12, layer="conv", kernel=(1, 3)),
+            "a kernel of [3], adapter 2 one of [1, 3]",
+        ),
+        (
+            update(out=4, inp=12, layer="conv", kernel=(3,), groups=2),
+            update(out=4, inp=12, layer="conv", kernel=(3,)),
+            "a convolution of 2 groups, adapter 2 one of 1",
+        ),
+        (
+            update(),
+            update(rank=0, out=5, inp=0, p=torch.ones(5).double()),
+            "a weight of shape [3, 4], adapter 2 one of shape [5, 0]",
+        ),
+    ],
+)
+def test_refuses_updates_of_other_layers(one, other, found):
+    with pytest.raises(ComposeError) as error:
+        compose([(Adapter({"a": one}), 1.0), (Adapter({"a": other}), 1.0)])
+
+    assert error.value.problem == f"adapter 1 changes {found}"
+
+
+def test_factors_on_outputs_and_on_inputs_know_the_shape_together():
+    rows = update(rank=0, inp=0, p=torch.ones(3).double())
+    columns = update(rank=0, out=0, q=torch.ones(4).double())
+
+    result = compose([(Adapter({"a": rows}), 0.5), (Adapter({"a": columns}), 2.0)])
+
+    found = result.updates["a"]
+    assert found.shape == (3, 4)
+    assert (found.p.tolist(), found.q.tolist()) == ([0.5] * 3, [2.0] * 4)
+
+
+def test_channels_of_a_convolution_become_columns_beside_factors():
+    factors = update(inp=6, layer="conv", kernel=(3,))
+    channels = update(rank=0, out=0, inp=2, q=torch.tensor([1.0, 2.0]).double())
+    channels = replace(channels, layer="conv")
+
+    result = compose([(Adapter({"a": factors}), 1.0), (Adapter({"a": channels}), 1.0)])
+
+    assert result.updates["a"].q.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_the_rows_of_a_group_stay_side_by_side(method):
+    def grouped(rank):
+        b = torch.zeros(4, rank)
+        b[:2, : rank // 2], b[2:, rank // 2 :] = 1, 2
+        return replace(update(rank, 4, 12, layer="conv", kernel=(3,), groups=2), b=b)
+
+    one, other = grouped(2), grouped(4)
+
+    found = compose([(Adapter({"a": one}), 1.0), (Adapter({"a": other}), 1.0)], method)
+
+    total = found.updates["a"]
+    assert total.b.tolist() == [[1, 1, 1, 0, 0, 0]] * 2 + [[0, 0, 0, 2, 2, 2]] * 2
+    wanted = one.b @ one.a + other.b @ other.a
+    assert torch.allclose(total.b @ total.a, wanted, atol=1e-5)
+
+
+def replacing(seed=0, rows=None, **fields):
+    torch.manual_seed(seed)
+    new = Replaced(torch.randn(2, 4), "modules_to_save", rows)
+    return Adapter({"a": update()}, replaced={"head.weight": new}, **fields)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(replacing(), 1.0), (adapter("a"), 0.5)],
+        [(replacing(), 0.25), (replacing(), 0.75)],
+    ],
+)
+def test_a_replaced_tensor_is_taken_over_where_the_base_has_no_say(parts):
+    result = compose(parts)
+
+    assert torch.equal(result.replaced["head.weight"].tensor, torch.as_tensor(NEW))
+
+
+NEW = replacing().replaced["head.weight"].tensor.tolist()
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([(replacing(), 0.5)], "of weight 0.5"),
+        ([(replacing(), 1.0), (replacing(), 1.0)], "of several adapters"),
+        ([(replacing(), 0.5), (replacing(1), 0.5)], "of several adapters"),
+        ([(replacing(), 0.5), (replacing(rows=(0, 1)), 0.5)], "of several adapters"),
+    ],
+)
+def test_refuses_sums_of_replaced_tensors_that_need_the_base(parts, told):
+    with pytest.raises(ComposeError) as error:
+        compose(parts)
+
+    assert error.value.where == "head.weight"
+    assert error.value.problem == (
+        f"the sum of a replaced tensor {told} and the base's own depends on the base"
+    )
+
+
+def test_refuses_a_weight_that_one_replaces_and_another_scales():
+    scaling = Adapter({"head": update(2, 2, 4, p=torch.ones(2).double())})
+
+    with pytest.raises(ComposeError, match="another one scales the weight it had"):
+        compose([(replacing(), 1.0), (scaling, 1.0)])
+
+
+def test_invocation_tokens_are_those_of_all_parts():
+    one, other = (adapter("a", alora_tokens=(5, 6)) for _ in range(2))
+
+    assert compose([(one, 1.0), (other, 0.5)]).alora_tokens == (5, 6)
+    with pytest.raises(ComposeError) as error:
+        compose([(one, 1.0), (adapter("a"), 1.0)])
+    assert error.value.problem == (
+        "adapter 1 acts from its invocation tokens [5, 6] on, adapter 2 on every token"
+    )
+
+
+def test_ties_must_agree_where_they_matter():
+    def embedding(**fields):
+        return Adapter({"e": update(layer="embedding")}, **fields)
+
+    tied = embedding(ties_weights=True)
+
+    assert compose([(tied, 1.0), (adapter("a"), 1.0)]).ties_weights
+    with pytest.raises(ComposeError, match="with the input embedding, adapter 2 does not"):
+        compose([(tied, 1.0), (embedding(), 1.0)])

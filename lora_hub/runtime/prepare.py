@@ -1,0 +1,235 @@
+"""An adapter made ready for one model: every place found, DoRA resolved, ties followed.
+
+What is decided here does not depend on which adapters act or with what weight; that is the
+matter of `act.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lora_hub.adapter.adapter import Adapter, Replaced
+from lora_hub.adapter.layout import to_matrix
+from lora_hub.adapter.resolve import resolved
+from lora_hub.adapter.update import Update
+from lora_hub.errors import FitError
+from lora_hub.runtime.effect import COMPUTES
+from lora_hub.runtime.layers import Place, places_of, shared_tensors
+
+_HAVE_FLOAT64 = frozenset({"cpu", "cuda"})
+
+# The id of a tensor in several places → those places, with their names.
+Shared = Mapping[int, tuple[tuple[str, Place], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Aimed:
+    """An update and where it acts; `dtype` is that of its factors as trained."""
+
+    place: Place
+    update: Update
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What an adapter does to one model.
+
+    Attributes:
+        updates: target → update, resolved, its factors beside the layer.
+        replaced: name of a tensor → what takes its place, and there.
+        notes: what a person should hear.
+    """
+
+    updates: Mapping[str, Aimed]
+    replaced: Mapping[str, tuple[Place, Replaced]]
+    notes: tuple[str, ...] = ()
+
+
+def prepare(model: nn.Module, adapter: Adapter, *, where: str) -> Prepared:
+    """Return the adapter ready for the model.
+
+    Raises:
+        FitError: as `places_of`; or an update needs a weight that cannot be computed with,
+            or an aLoRA changes what does not go token by token.
+    """
+    places = places_of(model, adapter, where=where)
+    replaced = {
+        name: (place, adapter.replaced[name]) for name, place in places.tensors.items()
+    }
+    updates = {
+        target: _aimed(target, place, adapter.updates[target], replaced)
+        for target, place in places.targets.items()
+    }
+    _check_invocation(adapter, where)
+    shared = shared_tensors(model)
+    notes = list(_about_convolutions(updates))
+    notes += _tie_updates(shared, adapter, updates)
+    notes += _tie_replaced(shared, adapter, replaced)
+    return Prepared(updates, replaced, tuple(notes))
+
+
+def _aimed(
+    target: str,
+    place: Place,
+    update: Update,
+    replaced: Mapping[str, tuple[Place, Replaced]],
+) -> Aimed:
+    dtype = torch.promote_types(update.a.dtype, update.b.dtype)
+    tensor = place.tensor
+    if update.layer == "experts" and tensor.dtype not in COMPUTES:
+        raise FitError(
+            f"the experts are held in {tensor.dtype}, to which no change can be added",
+            where=target,
+            hint="load the model in bfloat16 or float32",
+        )
+    if update.magnitude is not None:
+        update = _resolved(target, place, update, replaced.get(f"{target}.weight"))
+    if tensor.is_meta:  # the layer's weight comes when it is called, so do factors
+        return Aimed(place, update, dtype)
+    a, b = update.a.to(tensor.device), update.b.to(tensor.device)
+    return Aimed(place, replace(update, a=a, b=b), dtype)
+
+
+def _resolved(
+    target: str, place: Place, update: Update, given: tuple[Place, Replaced] | None
+) -> Update:
+    weight = place.tensor
+    if given is not None and given[1].rows is None:
+        weight = given[1].tensor
+    elif given is not None:
+        rows = torch.tensor(given[1].rows, device=weight.device)
+        weight = weight.detach().index_copy(
+            0, rows, given[1].tensor.to(weight.device, weight.dtype)
+        )
+    if weight.is_meta:
+        raise FitError(
+            "DoRA needs the numbers of the weight, and they are not in memory",
+            where=target,
+            hint="load the model whole, or merge the adapter into the base",
+        )
+    if weight.dtype not in COMPUTES:
+        raise FitError(
+            f"DoRA needs the numbers of the weight, which is held in {weight.dtype}",
+            where=target,
+            hint="load the model in bfloat16 or float32",
+        )
+    matrix = to_matrix(weight.detach(), update.layer, is_transposed=place.is_transposed).to(
+        update.b.device
+    )
+    if tuple(matrix.shape) != update.shape:  # e.g. four bits packed in a byte
+        raise FitError(
+            f"DoRA needs the weight, which is held in the shape {list(weight.shape)}",
+            where=target,
+            hint="load the model without quantisation",
+        )
+    device = matrix.device
+    beside = replace(update, a=update.a.to(device), b=update.b.to(device))
+    known = resolved(beside, matrix, where=target)
+    wide = torch.promote_types(update.b.dtype, torch.float32)
+    return replace(known, b=known.b.to(wide))
+
+
+def _check_invocation(adapter: Adapter, where: str) -> None:
+    if not adapter.alora_tokens:
+        return
+    other = sorted(
+        target for target, update in adapter.updates.items() if update.layer != "linear"
+    )
+    if other:
+        raise FitError(
+            "the adapter acts from its invocation tokens on, which is known for linear "
+            f"layers alone; {other[0]} is of kind {adapter.updates[other[0]].layer}",
+            where=where,
+        )
+
+
+def _tie_updates(
+    shared: Shared, adapter: Adapter, updates: dict[str, Aimed]
+) -> tuple[str, ...]:
+    """Let what changes an embedding change the layers tied to it, where that is meant."""
+    notes = []
+    for target, aimed in tuple(updates.items()):
+        for other, place in _tied(shared, aimed.place):
+            path = other.removesuffix(".weight")
+            if path in adapter.updates:
+                continue
+            if adapter.ties_weights and aimed.update.layer == "embedding":
+                updates[path] = _turned(path, place, aimed, adapter.updates[target])
+                notes.append(f"{path} is changed with {target}, to which it is tied")
+            else:
+                notes.append(f"{path} shares the weight of {target} and is not changed")
+    return tuple(notes)
+
+
+def _turned(target: str, place: Place, aimed: Aimed, update: Update) -> Aimed:
+    """Return an embedding's update as the tied linear layer sees it: the transpose."""
+    if update.magnitude is not None or aimed.update.q is not None:
+        raise FitError(
+            "DoRA of an embedding is not told for the layer tied to it, whose rows are "
+            "others and have a magnitude of their own",
+            where=target,
+            hint="train it with the tied layer among the targets",
+        )
+    turned = replace(
+        aimed.update,
+        a=aimed.update.b.mT,
+        b=aimed.update.a.mT,
+        p=None,
+        q=aimed.update.p,
+        layer="linear",
+    )
+    return Aimed(place, turned, aimed.dtype)
+
+
+def _tie_replaced(
+    shared: Shared, adapter: Adapter, replaced: dict[str, tuple[Place, Replaced]]
+) -> tuple[str, ...]:
+    """Let what replaces a tied tensor replace it in all its places, where PEFT does.
+
+    A module that was trained whole is a copy of its own, unless the adapter ties weights;
+    and rows of another layer than the input embedding are always. Biases and embeddings
+    saved along are the base's own tensors.
+    """
+    notes = []
+    for name, (place, new) in tuple(replaced.items()):
+        is_tied = new.role in ("bias", "embedding") or (
+            adapter.ties_weights
+            if new.rows is None
+            else isinstance(place.module, nn.Embedding)
+        )
+        for other, also in _tied(shared, place):
+            if other in adapter.replaced:
+                continue
+            if not is_tied:
+                notes.append(f"{other} shares the tensor {name} and is not replaced")
+                continue
+            replaced[other] = (also, new)
+            notes.append(f"{other} is replaced with {name}, to which it is tied")
+    return tuple(notes)
+
+
+def _tied(shared: Shared, place: Place) -> list[tuple[str, Place]]:
+    return [
+        (name, other)
+        for name, other in shared.get(id(place.tensor), ())
+        if (other.module, other.name) != (place.module, place.name)
+    ]
+
+
+def _about_convolutions(updates: Mapping[str, Aimed]) -> tuple[str, ...]:
+    """Name convolutions where PEFT's own forward does not do what its merging does."""
+    return tuple(
+        f"{target} is changed as its weight would be, with the layer's "
+        f"{'padding' if padded else 'dilation'}; PEFT attached pads with zeros and does "
+        "not dilate"
+        for target, aimed in updates.items()
+        if isinstance(module := aimed.place.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and aimed.update.rank
+        and (
+            (padded := module.padding_mode != "zeros")
+            or any(step != 1 for step in module.dilation)
+        )
+    )
