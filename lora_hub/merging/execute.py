@@ -2,8 +2,9 @@
 
 For each changed weight the deltas of all adapters are summed in float64, rounded once to
 float32, added to the weight in float32 and cast once to the dtype that is written (all in
-float64 where that or the base is float64). Tensors that nothing touches keep their bytes,
-files keep their names, and the folder appears when it is whole.
+float64 where that or the base is float64). What is replaced and not changed further is cast
+once. Tensors that nothing touches keep their bytes, files keep their names, and the folder
+appears when it is whole.
 """
 
 import math
@@ -16,33 +17,33 @@ import torch
 from torch import Tensor
 
 from lora_hub import atomic
-from lora_hub.adapter.load import load_update
-from lora_hub.adapter.tensor_bytes import TORCH, to_bytes, to_tensor
-from lora_hub.adapter.update import Update, delta
-from lora_hub.composing.linear import cat
+from lora_hub.adapter.tensor_bytes import TORCH, to_bytes
+from lora_hub.base.folder import FolderBase
 from lora_hub.errors import ComposeError
 from lora_hub.merging import files, provenance
-from lora_hub.merging.plan import MergePlan, Part, PlannedShard, PlannedTensor
+from lora_hub.merging.changes import Fate, fates
+from lora_hub.merging.numbers import Block, blocks, loader, plain_blocks
+from lora_hub.merging.planned import Action, MergePlan, Part, PlannedShard, PlannedTensor
+from lora_hub.merging.ties import tie_of
 from lora_hub.tensors.checkpoint import Checkpoint, Shard
 from lora_hub.tensors.write import write_tensors
-
-# Elements in memory at a time: 8 MiB in float64, of which a handful exist at once.
-BLOCK_ELEMENTS = 1 << 20
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
 class MergedTensor:
-    """A weight that was changed.
+    """A tensor that was changed, or is new.
 
     `rounding_error` is what the dtype lost of the change: ‖written − W − Δ‖ / ‖Δ‖ in
-    Frobenius norms; 0 is exact, and at 1 as much was lost as was added.
+    Frobenius norms; 0 is exact, and at 1 as much was lost as was added. Of what is new, W
+    is zero.
     """
 
     name: str
     dtype: str
     rounding_error: float
+    action: Action = "add"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,21 @@ class MergeReport:
     size_bytes: int
     tensors: int
     changed: tuple[MergedTensor, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        worst = max(self.changed, key=lambda tensor: tensor.rounding_error)
-        return (
+        new = sum(tensor.action == "new" for tensor in self.changed)
+        lines = [
             f"wrote {self.out}: {self.tensors} tensors, {self.size_bytes / 1e6:.1f} MB, "
-            f"{len(self.changed)} of them changed\n"
-            f"rounding to {worst.dtype} lost at most {worst.rounding_error:.2g} of a "
-            f"change ({worst.name})"
-        )
+            f"{len(self.changed) - new} of them changed" + (f", {new} new" if new else "")
+        ]
+        if self.changed:
+            worst = max(self.changed, key=lambda tensor: tensor.rounding_error)
+            lines.append(
+                f"rounding to {worst.dtype} lost at most {worst.rounding_error:.2g} of a "
+                f"change ({worst.name})"
+            )
+        return "\n".join((*lines, *self.notes))
 
 
 def execute(
@@ -89,16 +96,18 @@ def execute(
         InputError: the base cannot be read.
     """
     run = _Run(plan, base, parts, progress)
+    edits = files.Edits(
+        size_bytes=plan.size_bytes,
+        dtype=plan.dtype,
+        new={tensor.name: file for file, tensor in plan.tensors("new")},
+        parameters=sum(math.prod(tensor.shape) for _, tensor in plan.tensors("new")),
+        is_untied=plan.untied is not None,
+    )
     with atomic.new_folder(out) as folder:
         for shard, held in zip(plan.shards, base.shards, strict=True):
             run.write(shard, held, folder)
         for name in plan.copied:
-            atomic.replace(
-                folder / name,
-                files.chunks(
-                    base.folder / name, dtype=plan.dtype, size_bytes=plan.size_bytes
-                ),
-            )
+            atomic.replace(folder / name, files.chunks(base.folder / name, edits))
         atomic.replace(folder / files.PROVENANCE_NAME, [provenance.encode(plan)])
     return MergeReport(
         out=str(out),
@@ -106,6 +115,7 @@ def execute(
         size_bytes=plan.size_bytes,
         tensors=sum(len(shard.tensors) for shard in plan.shards),
         changed=tuple(run.changed),
+        notes=plan.notes,
     )
 
 
@@ -122,10 +132,10 @@ class _Run:
         self.changed: list[MergedTensor] = []
         self._base = base
         self._parts = parts
-        self._updates = [
-            {f"{update.target}.weight": update for update in part.source.updates}
-            for part in parts
-        ]
+        self._load = loader(parts)
+        view = FolderBase(base)
+        tie = tie_of(view, untie=plan.untied is not None)
+        self._fates = fates([part.source for part in parts], view, tie)
         self._progress = progress or (lambda _done, _total: None)
         self._done = 0
         self._total = plan.size_bytes
@@ -140,66 +150,68 @@ class _Run:
         )
 
     def _counted(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        makers = {"copy": self._copied, "cast": self._cast, "add": self._added}
-        for chunk in makers[tensor.action](tensor):
+        for chunk in self._made(tensor):
             yield chunk
             self._done += chunk.nbytes
             self._progress(self._done, self._total)
 
-    def _copied(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        return self._base.shard_of(tensor.name).file.chunks(tensor.name)
+    def _made(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        fate = self._fates.get(tensor.name) or Fate(tensor.name, tensor.name)
+        if fate.exchanges or fate.changes:
+            return self._changed(tensor, fate)
+        assert fate.base is not None  # what nobody brings is the base's
+        if tensor.written != tensor.dtype:
+            return self._cast(tensor, fate.base)
+        return self._base.shard_of(fate.base).file.chunks(fate.base)
 
-    def _cast(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        for _, block in self._blocks(tensor):
+    def _cast(self, tensor: PlannedTensor, name: str) -> Iterator[memoryview]:
+        for block in plain_blocks(name, tensor.shape, tensor.dtype, self._base):
             cast = block.to(TORCH[tensor.written])
             _check_finite(cast, block, tensor)
             yield to_bytes(cast)
 
-    def _added(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        update = self._update(tensor)
+    def _changed(self, tensor: PlannedTensor, fate: Fate) -> Iterator[memoryview]:
         dtypes = (torch.float32, TORCH[tensor.dtype], TORCH[tensor.written])
         wide = reduce(torch.promote_types, dtypes)
         lost = added = 0.0
-        for rows, weight in self._blocks(tensor):
-            change = delta(update, weight, rows=rows)
-            merged = (weight.to(wide) + change.to(wide)).to(TORCH[tensor.written])
-            _check_finite(merged, weight, tensor)
-            added += float(change.square().sum())
-            lost += float(change.add_(weight).sub_(merged).square_().sum())
+        for block in blocks(
+            fate, tensor.shape, tensor.dtype, self._base, self._parts, self._load
+        ):
+            merged = _rounded(block, wide, TORCH[tensor.written])
+            _check_finite(merged, block.base, tensor)
+            moved, missed = _measured(block, merged)
+            added, lost = added + moved, lost + missed
             yield to_bytes(merged)
         error = math.sqrt(lost / added) if added else 0.0
-        self.changed.append(MergedTensor(tensor.name, tensor.written, error))
-
-    def _update(self, tensor: PlannedTensor) -> Update:
-        """Return the weighted sum of all that the parts do to a tensor."""
-        return cat(
-            [
-                (
-                    load_update(
-                        self._parts[index].source.tensors, self._updates[index][tensor.name]
-                    ),
-                    self._parts[index].weight,
-                )
-                for index in tensor.parts
-            ]
-        )
-
-    def _blocks(self, tensor: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Give some rows of the base's tensor after others, and which they are."""
-        columns = math.prod(tensor.shape[1:])
-        count = tensor.shape[0] if tensor.shape else 1
-        row_bytes = columns * TORCH[tensor.dtype].itemsize
-        step = max(1, BLOCK_ELEMENTS // max(1, columns))
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            data = self._base.read(tensor.name, start * row_bytes, stop * row_bytes)
-            if data.nbytes:
-                block = to_tensor(data, tensor.dtype, (stop - start, columns))
-                yield slice(start, stop), block
+        self.changed.append(MergedTensor(tensor.name, tensor.written, error, tensor.action))
 
 
-def _check_finite(made: Tensor, weight: Tensor, tensor: PlannedTensor) -> None:
-    if not torch.equal(torch.isfinite(made), torch.isfinite(weight)):
+def _rounded(block: Block, wide: torch.dtype, written: torch.dtype) -> Tensor:
+    if block.change is None:
+        return block.start.to(written)
+    return block.start.to(wide).add(block.change.to(wide)).to(written)
+
+
+def _measured(block: Block, merged: Tensor) -> tuple[float, float]:
+    """Return the squares of what was to be changed and of what rounding missed.
+
+    The block's change is used up, so that no further block is in memory.
+    """
+    start, change = block.start, block.change
+    if change is None:
+        moved, missed = start - block.base, start - merged
+        return float(moved.norm()) ** 2, float(missed.norm()) ** 2
+    if start is block.base:
+        size = float(change.norm())
+        exact = change.add_(start)
+    else:
+        exact = change.add_(start)
+        size = float((exact - block.base).norm())
+    return size**2, float(exact.sub_(merged).norm()) ** 2
+
+
+def _check_finite(made: Tensor, base: Tensor, tensor: PlannedTensor) -> None:
+    if bool((base.isfinite() & ~made.isfinite()).any()):
         raise ComposeError(
             f"the result holds numbers that are not finite in {tensor.written}",
             where=tensor.name,

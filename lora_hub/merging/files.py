@@ -5,6 +5,7 @@ Loads no torch; `plan.py` asks which files there are, `execute.py` for their byt
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,42 @@ def other_files(base: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(copied), tuple(left_out)
 
 
-def chunks(path: Path, *, dtype: str | None, size_bytes: int) -> Iterator[bytes]:
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What the files that speak of tensors must say otherwise than in the base.
+
+    Attributes:
+        dtype: what all floating-point tensors are written as; None: each as it was.
+        new: tensor that the base does not have → the file it lies in.
+        parameters: how many numbers the new tensors have.
+        size_bytes: of all tensors in the result.
+        is_untied: whether the head got a tensor of its own.
+    """
+
+    size_bytes: int
+    dtype: str | None = None
+    new: Mapping[str, str] = field(default_factory=dict)
+    parameters: int = 0
+    is_untied: bool = False
+
+    @property
+    def is_needed(self) -> bool:
+        return self.dtype is not None or bool(self.new) or self.is_untied
+
+
+def chunks(path: Path, edits: Edits) -> Iterator[bytes]:
     """Give the bytes that a copied file will have.
 
-    They are the file's own, unless tensors are written in a `dtype` of which it speaks.
-    `size_bytes` is that of all tensors in the result.
+    They are the file's own, unless it speaks of something that the result has otherwise.
 
     Raises:
         DocumentError: a file that is to be edited is no JSON object.
         OSError: the file cannot be read.
     """
     edit = _EDITS.get(path.name)
-    if edit is not None and dtype is not None:
+    if edit is not None and edits.is_needed:
         document = strict_json.read_object(path, max_bytes=MAX_INDEX_BYTES)
-        edit(document, dtype, size_bytes)
+        edit(document, edits)
         yield (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
         return
     with path.open("rb") as stream:
@@ -81,23 +104,34 @@ def chunks(path: Path, *, dtype: str | None, size_bytes: int) -> Iterator[bytes]
             yield chunk
 
 
-def _edit_config(config: dict[str, Any], dtype: str, _size_bytes: int) -> None:
-    # transformers 5 says "dtype", earlier ones "torch_dtype"; models of text and images
-    # have a config for each.
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    for place in config.values():
-        if isinstance(place, dict) and key in place:
-            place[key] = dtype
-    config[key] = dtype
+def _edit_config(config: dict[str, Any], edits: Edits) -> None:
+    # Models of text and images have a config for each.
+    places = [config, *(place for place in config.values() if isinstance(place, dict))]
+    if edits.dtype is not None:
+        # transformers 5 says "dtype", earlier ones "torch_dtype".
+        older = "torch_dtype" in config and "dtype" not in config
+        _set(places, "torch_dtype" if older else "dtype", edits.dtype)
+    if edits.is_untied:
+        _set(places, "tie_word_embeddings", value=False)
 
 
-def _edit_index(index: dict[str, Any], _dtype: str, size_bytes: int) -> None:
+def _set(places: list[dict[str, Any]], key: str, value: object) -> None:
+    """Set a key in the first place, and in the others where it is said."""
+    for place in places:
+        if place is places[0] or key in place:
+            place[key] = value
+
+
+def _edit_index(index: dict[str, Any], edits: Edits) -> None:
     metadata = index.get("metadata")
     kept = metadata if isinstance(metadata, dict) else {}
-    index["metadata"] = kept | {"total_size": size_bytes}
+    index["metadata"] = kept | {"total_size": edits.size_bytes}
+    if isinstance(kept.get("total_parameters"), int):
+        index["metadata"]["total_parameters"] = kept["total_parameters"] + edits.parameters
+    index["weight_map"] = index["weight_map"] | edits.new
 
 
-_EDITS: Mapping[str, Callable[[dict[str, Any], str, int], None]] = {
+_EDITS: Mapping[str, Callable[[dict[str, Any], Edits], None]] = {
     CONFIG_NAME: _edit_config,
     INDEX_NAME: _edit_index,
 }

@@ -1,22 +1,31 @@
 """What a merge will do to every tensor and file, decided before anything is written.
 
-A plan is a plain value: it can be printed, reviewed and compared without loading torch.
-`execute.py` carries it out.
+A plan is a plain value (`planned.py`): it can be printed, reviewed and compared without
+loading torch. `changes.py` finds what the adapters do to which tensor; `execute.py`
+carries it out.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from lora_hub.base.fit import check_structure
 from lora_hub.base.folder import FolderBase
 from lora_hub.errors import ComposeError, FitError, InputError
-from lora_hub.formats.source import AdapterSource
+from lora_hub.merging.changes import Fate, fates
 from lora_hub.merging.files import other_files
+from lora_hub.merging.planned import (
+    Action,
+    MergePlan,
+    Part,
+    PlannedPart,
+    PlannedShard,
+    PlannedTensor,
+)
+from lora_hub.merging.ties import tie_of
 from lora_hub.tensors.checkpoint import Checkpoint
 from lora_hub.tensors.dtypes import BITS, is_float
 from lora_hub.tensors.header import TensorInfo
+
+__all__ = ["DTYPES", "Action", "MergePlan", "Part", "PlannedShard", "PlannedTensor", "plan"]
 
 # What users call a dtype, as torch does → what safetensors calls it.
 DTYPES: Mapping[str, str] = {
@@ -28,122 +37,13 @@ DTYPES: Mapping[str, str] = {
 # Only these are summed or cast: fp8 and narrower come with scales of their own.
 _COMPUTES = frozenset(DTYPES.values())
 
-# Last parts of module names. A tied pair is one tensor with two uses: merging an update of
-# one use would change the other as well.
-_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "shared"})
-_HEADS = frozenset({"lm_head", "embed_out"})
-_HEAD_WEIGHTS = tuple(f"{head}.weight" for head in sorted(_HEADS))
-
-Action = Literal["copy", "cast", "add"]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """An adapter to merge, and how much of it."""
-
-    source: AdapterSource
-    weight: float = 1.0
-    name: str | None = None
-    version: str | None = None
-    digest: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedPart:
-    """What the plan and the provenance say of a part."""
-
-    name: str | None
-    version: str | None
-    digest: str | None
-    weight: float
-    targets: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of the result.
-
-    Attributes:
-        action: copy its bytes, cast its numbers, or add the parts' deltas (and cast).
-        dtype: in the base.
-        written: the dtype in the result.
-        parts: indices of the parts that add to it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    action: Action
-    dtype: str
-    written: str
-    parts: tuple[int, ...] = ()
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * BITS[self.written] // 8
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedShard:
-    """One file of the result; it has the name and the tensors of a file of the base."""
-
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.size_bytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class MergePlan:
-    """All that a merge will write.
-
-    Attributes:
-        base: what the base is called in messages.
-        base_root: the fingerprint of the base, where it is known.
-        dtype: what every floating-point tensor is written as, a name in `DTYPES`; None
-            keeps each one's own.
-        size_bytes: of all tensors in the result.
-        copied: other files taken along.
-        left_out: other files of the base that the result will not have.
-    """
-
-    base: str
-    base_root: str | None
-    dtype: str | None
-    parts: tuple[PlannedPart, ...]
-    shards: tuple[PlannedShard, ...]
-    size_bytes: int
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [f"base {self.base}"]
-        lines += [
-            f"  + {part.weight:g} × {_called(part)}, {part.targets} targets"
-            for part in self.parts
-        ]
-        for shard in self.shards:
-            counts = _counts(shard)
-            lines.append(f"{shard.file}: {counts}, {shard.size_bytes / 1e6:.1f} MB")
-            lines += [
-                f"  {tensor.name} {'×'.join(map(str, tensor.shape))} "
-                f"{tensor.dtype} → {tensor.written}, {len(tensor.parts)} of "
-                f"{len(self.parts)} adapters"
-                for tensor in shard.tensors
-                if tensor.action == "add"
-            ]
-        lines.append(f"copied: {', '.join(self.copied) or 'no other file'}")
-        if self.left_out:
-            lines.append(f"left out: {', '.join(self.left_out)}")
-        return "\n".join(lines)
-
 
 def plan(
     base: Checkpoint,
     parts: Sequence[Part],
     *,
     dtype: str | None = None,
+    untie: bool = False,
     base_root: str | None = None,
 ) -> MergePlan:
     """Return what merging the parts into the base will do.
@@ -155,10 +55,12 @@ def plan(
         base: an open checkpoint.
         parts: adapters with finite weights, at least one; weights may be negative.
         dtype: bfloat16, float16, float32 or float64, for all floating-point tensors.
+        untie: give a head that shares its tensor with the embedding one of its own.
         base_root: the fingerprint of the base for the provenance, where it is known.
 
     Raises:
-        ComposeError: no parts, or a weight that is not finite.
+        ComposeError: no parts; a weight that is not finite, or that is not 1 for a tensor
+            which the base does not have; or what an adapter does cannot be merged.
         InputError: the dtype is not one of those.
         FitError: a target is not in the base, has another shape, is stored in a dtype that
             sums are not formed in, or shares its tensor with another layer.
@@ -166,38 +68,39 @@ def plan(
     _check_weights(parts)
     written = None if dtype is None else _stored(dtype)
     view = FolderBase(base)
-    for part in parts:
-        _check_untied(part, base)
-        check_structure(part.source.updates, view)
-    users: dict[str, list[int]] = {}
-    for index, part in enumerate(parts):
-        for update in part.source.updates:
-            users.setdefault(f"{update.target}.weight", []).append(index)
+    tie = tie_of(view, untie=untie)
+    found = fates([part.source for part in parts], view, tie)
     shards = tuple(
         PlannedShard(
             shard.path.name,
             tuple(
-                _tensor(info, tuple(users.get(info.name, ())), written, base.where)
+                _tensor(info, found.get(info.name), written, base.where)
                 for info in shard.file.header.tensors.values()
             ),
         )
         for shard in base.shards
     )
+    new = tuple(
+        _new(fate, parts, base, written)
+        for fate in found.values()
+        if fate.name not in base.tensors
+    )
+    if new:
+        shards = (*shards[:-1], _extended(shards[-1], new))
     copied, left_out = other_files(base)
+    brought = [tensor.name for tensor in new if found[tensor.name].base is None]
+    untied = tie.head if tie is not None and tie.is_undone else None
     return MergePlan(
         base=base.where,
         base_root=base_root,
         dtype=dtype,
-        parts=tuple(
-            PlannedPart(
-                part.name, part.version, part.digest, part.weight, len(part.source.updates)
-            )
-            for part in parts
-        ),
+        parts=tuple(map(_planned, parts)),
         shards=shards,
         size_bytes=sum(shard.size_bytes for shard in shards),
         copied=copied,
         left_out=left_out,
+        untied=untied,
+        notes=_notes(brought, untied, base, shards[-1].file),
     )
 
 
@@ -224,26 +127,11 @@ def _stored(dtype: str) -> str:
         ) from None
 
 
-def _check_untied(part: Part, base: Checkpoint) -> None:
-    """Refuse updates of an embedding or a head that share one tensor."""
-    tied = base.config.get("tie_word_embeddings")
-    if tied is None:  # left out where it is the architecture's own default
-        tied = not any(name.endswith(_HEAD_WEIGHTS) for name in base.tensors)
-    if tied is False:
-        return
-    for update in part.source.updates:
-        if update.target.rpartition(".")[2] in _EMBEDDINGS | _HEADS:
-            raise FitError(
-                "the base keeps one tensor for its embedding and its head; merging would "
-                "change both, the adapter changes one",
-                where=update.target,
-                hint="attach the adapter instead, or save the base with the two untied",
-            )
-
-
 def _tensor(
-    info: TensorInfo, parts: tuple[int, ...], written: str | None, where: str
+    info: TensorInfo, fate: Fate | None, written: str | None, where: str
 ) -> PlannedTensor:
+    """Return the plan for a tensor that the base has."""
+    parts = fate.parts if fate else ()
     if parts and info.dtype not in _COMPUTES:
         raise FitError(
             f"{info.name} is stored as {info.dtype}; sums are formed in "
@@ -259,20 +147,80 @@ def _tensor(
             hint="leave the dtype as it is",
         )
     to = written if written is not None and info.dtype in _COMPUTES else info.dtype
-    action: Action = "add" if parts else "copy" if to == info.dtype else "cast"
-    return PlannedTensor(info.name, info.shape, action, info.dtype, to, parts)
+    action: Action = "copy" if to == info.dtype else "cast"
+    if fate is not None and parts:
+        action = "replace" if fate.exchanges else "add"
+    words = fate.words if fate else ()
+    return PlannedTensor(info.name, info.shape, action, info.dtype, to, parts, words)
 
 
-def _called(part: PlannedPart) -> str:
-    name = part.name or "an adapter without a name"
-    return f"{name} {part.version}" if part.version else name
-
-
-def _counts(shard: PlannedShard) -> str:
-    said = {"add": "changed", "cast": "cast", "copy": "copied byte for byte"}
-    actions = [tensor.action for tensor in shard.tensors]
-    return ", ".join(
-        f"{actions.count(action)} {text}"
-        for action, text in said.items()
-        if action in actions
+def _new(
+    fate: Fate, parts: Sequence[Part], base: Checkpoint, written: str | None
+) -> PlannedTensor:
+    """Return the plan for a tensor that the base does not have."""
+    if fate.base is not None:  # a head that is untied
+        twin = _tensor(base.tensors[fate.base], fate, written, base.where)
+        return PlannedTensor(
+            fate.name, twin.shape, "new", twin.dtype, twin.written, fate.parts, fate.words
+        )
+    if len(fate.exchanges) > 1 or parts[fate.parts[0]].weight != 1:
+        raise ComposeError(
+            "the base does not have this tensor, so that the adapter's can only be taken "
+            "as it is: from one adapter, with the weight 1",
+            where=fate.name,
+        )
+    info = fate.exchanges[0].source.tensor
+    if info.dtype not in _COMPUTES:
+        raise FitError(
+            f"the adapter stores it as {info.dtype}, expected one of "
+            f"{', '.join(sorted(_COMPUTES))}",
+            where=fate.name,
+        )
+    return PlannedTensor(
+        fate.name,
+        info.shape,
+        "new",
+        info.dtype,
+        written or info.dtype,
+        fate.parts,
+        fate.words,
     )
+
+
+def _extended(shard: PlannedShard, new: tuple[PlannedTensor, ...]) -> PlannedShard:
+    # Readers in place want no number to lie across its own width, so wide ones come first.
+    tensors = sorted((*shard.tensors, *new), key=lambda tensor: -BITS[tensor.written])
+    return PlannedShard(shard.file, tuple(tensors))
+
+
+def _planned(part: Part) -> PlannedPart:
+    source = part.source
+    targets = {update.target for update in source.updates}
+    targets |= {scale.target for scale in source.scales}
+    return PlannedPart(
+        part.name,
+        part.version,
+        part.digest,
+        part.weight,
+        len(targets),
+        len(source.replacements),
+    )
+
+
+def _notes(
+    brought: Sequence[str], untied: str | None, base: Checkpoint, file: str
+) -> tuple[str, ...]:
+    notes = []
+    if brought:
+        told = base.config.get("architectures") or ["nothing"]
+        notes.append(
+            f"new in {file}: {', '.join(brought)}; config.json still says "
+            f"{', '.join(map(str, told))}, so load the result with the class that has "
+            "them, such as AutoModelForSequenceClassification"
+        )
+    if untied:
+        notes.append(
+            f"untied: {untied} stands beside the embedding, and config.json says "
+            "tie_word_embeddings: false"
+        )
+    return tuple(notes)

@@ -24,13 +24,18 @@ class Merge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The whole of the file.
 
     `base_root` is the fingerprint of the base, absent where nobody asked for it; `dtype` is
-    absent where every tensor kept its own.
+    absent where every tensor kept its own. `replaced` and `new` name the tensors whose
+    numbers are an adapter's and those that the base does not have; `untied` is the head
+    that got a tensor of its own.
     """
 
     schema: str
     adapters: tuple[MergedAdapter, ...]
     base_root: str | None = None
     dtype: str | None = None
+    replaced: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    untied: str | None = None
 
 
 def encode(plan: MergePlan) -> bytes:
@@ -45,5 +50,8 @@ def encode(plan: MergePlan) -> bytes:
         ),
         base_root=plan.base_root,
         dtype=plan.dtype,
+        replaced=tuple(tensor.name for _, tensor in plan.tensors("replace")),
+        new=tuple(tensor.name for _, tensor in plan.tensors("new")),
+        untied=plan.untied,
     )
     return canonical.encode(msgspec.to_builtins(merge))

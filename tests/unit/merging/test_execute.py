@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lora_hub.adapter.load import load
 from lora_hub.errors import ComposeError, StoreError
 from lora_hub.formats.detect import open_adapter
-from lora_hub.merging import execute as execute_module
+from lora_hub.merging import numbers
 from lora_hub.merging.execute import execute
 from lora_hub.merging.plan import Part, plan
 from lora_hub.runtime.host import Host
@@ -114,7 +114,7 @@ def test_blocks_of_rows_make_no_difference(parts, tmp_path, monkeypatch):
     base = tiny_base(tmp_path / "base")
     merged(base, parts, tmp_path / "whole")
 
-    monkeypatch.setattr(execute_module, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(numbers, "BLOCK_ELEMENTS", 40)
     merged(base, parts, tmp_path / "blocks")
 
     whole, blocks = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "blocks")
