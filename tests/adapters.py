@@ -1,6 +1,7 @@
 """Adapters in memory and tiny bases, for tests of the dialects. Made without torch."""
 
 import json
+import math
 import struct
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 from lora_hub.formats import factors
 from lora_hub.formats.detect import DIALECTS
 from lora_hub.formats.dialect import Given, ReadOptions
-from lora_hub.formats.factors import Factors, Matrix
+from lora_hub.formats.factors import Factors
+from lora_hub.formats.matrices import Matrix
 from tests.builders import tensor_bytes
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -22,6 +24,10 @@ LANGUAGE = (Q0, K0, UP1)
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+CONV = "unet.down_blocks.0.resnets.0.conv1"
+EMBEDDING = "model.embed_tokens"
+SWITCH = "model.layers.1.mlp.switch_mlp.gate_proj.weight"  # experts as MLX-LM has them
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"  # and as transformers has
 PIPELINE = (TO_Q, TO_OUT, TEXT)
 
 # path within the base → (out, in)
@@ -43,16 +49,36 @@ def part(
     dtype="F32",
     seed=0,
     shape=(HIDDEN, HIDDEN),
+    layer="linear",
+    kernel=(3, 3),
+    experts=1,
+    dora=False,
+    bias=False,
 ):
     """Return factors of small random numbers; their bytes are valid in the dtype."""
     out, inp = LANGUAGE_SHAPES.get(target, shape)
     generator = np.random.default_rng([seed, *target.encode()])
+    a, b = (rank, inp), (out, rank)
+    if layer == "embedding":
+        a, b = (rank, out), (inp, rank)  # stored as (num_embeddings, embedding_dim)
+    elif layer == "conv":
+        a, b = (rank, inp, *kernel), (out, rank, *(1 for _ in kernel))
+    elif layer == "experts":
+        a, b = (experts * rank, inp), (out, rank * experts)
+
+    def matrix(shape):
+        return Matrix(dtype, shape, numbers(generator, math.prod(shape), dtype))
+
     return Factors(
         target,
         alpha,
         rule,
-        Matrix(dtype, (rank, inp), numbers(generator, rank * inp, dtype)),
-        Matrix(dtype, (out, rank), numbers(generator, out * rank, dtype)),
+        matrix(a),
+        matrix(b),
+        layer=layer,
+        experts=experts,
+        magnitude=matrix(b[:1]) if dora else None,
+        bias=matrix(b[:1]) if bias else None,
     )
 
 
@@ -94,6 +120,9 @@ def pipeline_base(folder, *more):
             if target.startswith(f"{component}.")
         }
         tensors["conv_in.weight"] = ("F16", (4, 4, 3, 3))
+        if component == "unet":
+            name = f"{CONV.partition('.')[2]}.weight"
+            tensors[name] = ("F16", (HIDDEN, HIDDEN, 3, 3))
         (folder / component / "model.safetensors").write_bytes(tensor_bytes(tensors))
     return folder
 
@@ -118,18 +147,19 @@ def read_back(dialect, files, **options):
 
 
 def content(adapter):
-    """Return target → scaling, dtype, shapes, and the bytes of a and b."""
+    """Return target → scaling, layer, experts; and of each tensor dtype, shape, bytes."""
     return {
         found.target: (
             found.scaling,
-            found.a.dtype,
-            found.a.shape,
-            found.b.shape,
-            bytes(found.a.data),
-            bytes(found.b.data),
+            found.layer,
+            found.experts,
+            {
+                name: (whole.dtype, whole.shape, bytes(whole.data))
+                for name, whole in found.matrices.items()
+            },
         )
         for found in factors.of_source(adapter)
-    }
+    } | {"ties": adapter.ties_weights}
 
 
 def tensors_of(data):
@@ -161,7 +191,7 @@ def float64(dtype, shape, data):
 def delta(part):
     """Return the dense change of a target in float64: scaling · b @ a."""
     a, b = (float64(w.dtype, w.shape, bytes(w.data)) for w in (part.a, part.b))
-    return part.scaling * (b @ a)
+    return part.scaling * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
 
 
 def deltas(adapter):

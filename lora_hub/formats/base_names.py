@@ -1,4 +1,4 @@
-"""Which linear modules a base has, for dialects that do not keep a module's path.
+"""Which layers a base has, for dialects that do not keep a module's path or its shape.
 
 Read from the headers of the base's safetensors files; no tensor is read. A pipeline as
 diffusers saves it has a folder for each component, a checkpoint has its files at the top.
@@ -7,6 +7,7 @@ diffusers saves it has a folder for each component, a checkpoint has its files a
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_hub import strict_json
 from lora_hub.errors import InputError
 from lora_hub.tensors.file import TensorFile
 
@@ -22,9 +23,15 @@ COMPONENTS = (
 
 _SUFFIX = ".weight"
 
+# Linear layers and embeddings have weights of two axes, convolutions of three to five.
+_AXES = (2, 3, 4, 5)
 
-def modules_of(base: Path) -> dict[str, frozenset[str]]:
-    """Return component → paths of its modules whose weight has two axes.
+# path of a module → shape of its weight, as the checkpoint stores it
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def modules_of(base: Path) -> dict[str, Shapes]:
+    """Return component → its modules whose weight has two to five axes.
 
     A checkpoint that is no pipeline is the one component "".
 
@@ -35,23 +42,37 @@ def modules_of(base: Path) -> dict[str, frozenset[str]]:
     found = {name: _modules(base / name) for name in parts} or {"": _modules(base)}
     if not any(found.values()):
         raise InputError(
-            "holds no safetensors file with weights of linear layers",
+            "holds no safetensors file with weights of layers",
             where=str(base),
             hint="name the folder of a checkpoint, or of a pipeline as diffusers saves it",
         )
     return found
 
 
-def _modules(folder: Path) -> frozenset[str]:
-    names = set()
+def is_tied(base: Path) -> bool:
+    """Return whether the output layer of a language model is its embedding.
+
+    So it is where the config says so, or the checkpoint holds no `lm_head`.
+
+    Raises:
+        InputError: as `modules_of`.
+    """
+    path = base / "config.json"
+    config = strict_json.read_object(path) if path.is_file() else {}
+    is_said = config.get("tie_word_embeddings") is True
+    return is_said or "lm_head" not in modules_of(base).get("", {})
+
+
+def _modules(folder: Path) -> Shapes:
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with TensorFile.open(path) as file:
-            names |= {
-                name.removesuffix(_SUFFIX)
+            shapes |= {
+                name.removesuffix(_SUFFIX): tensor.shape
                 for name, tensor in file.header.tensors.items()
-                if name.endswith(_SUFFIX) and len(tensor.shape) == 2
+                if name.endswith(_SUFFIX) and len(tensor.shape) in _AXES
             }
-    return frozenset(names)
+    return shapes
 
 
 def of_component(target: str) -> tuple[str, str]:

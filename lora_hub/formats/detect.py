@@ -1,25 +1,33 @@
 """Which dialect an adapter's files speak, on what evidence, and the adapter in them.
 
-`DIALECTS` is the table of what is read and written; `_FOREIGN` and `_HOME_MADE` name what
-looks alike and is not read. A config that says whose it is decides; without one the names
+`DIALECTS` is the table of what is read and written; what looks alike and is not read,
+`not_read.py` names. A config that says whose it is decides; without one the names
 in the header do, every one of them. Two readings are never chosen between: the caller is
 asked. A pickle that lies beside is never opened.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_hub.errors import FormatError
-from lora_hub.formats import diffusers, gguf, kohya, loralib, mlx, peft_config, peft_files
+from lora_hub.formats import (
+    diffusers,
+    gguf,
+    kohya,
+    loralib,
+    mlx,
+    mlx_config,
+    not_read,
+    peft_config,
+    peft_files,
+)
 from lora_hub.formats.dialect import Dialect, Given, Glance, ReadOptions
 from lora_hub.formats.files import CONFIG_NAME, WEIGHTS, Files, open_files
 from lora_hub.formats.source import AdapterSource
 
-# Unpickling runs code of the file's author.
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLES = not_read.PICKLES
 
 # name → dialect
 DIALECTS: Mapping[str, Dialect] = {
@@ -44,7 +52,7 @@ DIALECTS: Mapping[str, Dialect] = {
             write=mlx.write,
             claim_config=mlx.claim_config,
             claim_weights=mlx.claim_weights,
-            check_config=mlx.check_config,
+            check_config=mlx_config.check_config,
         ),
         Dialect(
             name="kohya",
@@ -84,31 +92,6 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
     )
 }
-
-_HINT = "give a folder saved by PEFT: adapter_config.json, adapter_model.safetensors"
-
-# Keys found together in an adapter_config.json → whose it is.
-_FOREIGN = (
-    ({"model_class", "model_type"}, "AdapterHub's"),
-    ({"config", "hidden_size"}, "AdapterHub's"),
-)
-
-# What the names in a header look like → whose they are, where no dialect knows them.
-_NAMES = (
-    (
-        re.compile(r"base_model\.model\..+"),
-        f"PEFT's, and no {CONFIG_NAME} is there: without it nobody knows the scaling",
-    ),
-    (
-        re.compile(r"(diffusion_model|double_blocks|single_blocks|lora_transformer)[._].+"),
-        "FLUX's in the layout of BFL or ComfyUI, with q, k and v in one: not read yet",
-    ),
-    (re.compile(r".+\.loras\..+"), "AdapterHub's, which is not read yet"),
-    (
-        re.compile(r"[^.]+"),
-        "home-made, without paths of modules: only their author knows what each changes",
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,17 +188,13 @@ def _detect(files: Files, config: dict[str, Any] | None, said: str | None) -> De
             if dialect.claim_config and (evidence := dialect.claim_config(config))
         ]
     if len(claims) > 1:
-        raise _ambiguous(claims, f"{files.where}/{CONFIG_NAME}")
+        raise not_read.ambiguous(claims, f"{files.where}/{CONFIG_NAME}")
     if claims:
         ((dialect, evidence),) = claims
         return _with_weights(dialect, evidence, config or {}, files)
     is_asked = any(dialect.claim_config for dialect in known)
     if config is not None and is_asked and not files.chosen:
-        raise FormatError(
-            f"the config is {_owner(config)}",
-            where=f"{files.where}/{CONFIG_NAME}",
-            hint=_HINT,
-        )
+        raise not_read.foreign_config(config, f"{files.where}/{CONFIG_NAME}")
     return _by_weights(files, known)
 
 
@@ -227,16 +206,16 @@ def _with_weights(
         dialect.check_config(config, f"{files.where}/{CONFIG_NAME}")
     name = files.chosen or dialect.weights_name
     if name not in files.names:
-        raise _without_weights(dialect, files.names, files.where)
+        raise not_read.without_weights(dialect, files)
     return Detected(dialect, name, (evidence,))
 
 
 def _by_weights(files: Files, known: list[Dialect]) -> Detected:
     """Return what the names in the files' own headers say."""
-    names = [files.chosen] if files.chosen else _having(files.names, *WEIGHTS)
+    names = [files.chosen] if files.chosen else not_read.having(files.names, *WEIGHTS)
     readable = [dialect for dialect in known if dialect.claim_weights]
     if not names or not readable:
-        raise FormatError(_without_config(files.names), where=files.where, hint=_HINT)
+        raise not_read.without_config(files)
     glances = [files.glance(name) for name in names]
     claims = [
         Detected(dialect, glance.name, (evidence,))
@@ -253,84 +232,9 @@ def _by_weights(files: Files, known: list[Dialect]) -> Detected:
         )
     if len(claims) > 1:
         pairs = [(found.dialect, found.evidence[0]) for found in claims]
-        raise _ambiguous(pairs, f"{files.where}/{claims[0].weights_name}")
+        raise not_read.ambiguous(pairs, f"{files.where}/{claims[0].weights_name}")
     if claims:
         return claims[0]
     if len(known) == 1:
         raise FormatError(f"nothing here is of {known[0].title}", where=files.where)
-    raise _unclaimed(glances, files)
-
-
-def _ambiguous(claims: list[tuple[Dialect, str]], where: str) -> FormatError:
-    readings = "; or as ".join(f"{dialect.title}'s: {said}" for dialect, said in claims)
-    names = " or ".join(dialect.name for dialect, _ in claims)
-    return FormatError(
-        f"can be read as {readings}",
-        where=where,
-        hint=f"say which with `lorahub convert … --from`: {names}",
-    )
-
-
-def _unclaimed(glances: list[Glance], files: Files) -> FormatError:
-    if len(glances) > 1:
-        return FormatError(_without_config(files.names), where=files.where, hint=_HINT)
-    (glance,) = glances
-    where = f"{files.where}/{glance.name}"
-    names = list(glance.header.tensors) if glance.header else []
-    if not names:
-        return FormatError("holds no tensors", where=where)
-    for pattern, whose in _NAMES:
-        if all(pattern.fullmatch(name) for name in names):
-            return FormatError(f"the names ({names[0]!r}, …) are {whose}", where=where)
-    return FormatError(
-        f"the names ({names[0]!r}, …) are of no dialect that is read, and there is no "
-        f"{CONFIG_NAME}: nobody knows the scaling of the factors",
-        where=where,
-        hint=f"dialects: {', '.join(DIALECTS)}",
-    )
-
-
-def _without_config(names: Collection[str]) -> str:
-    weights = _having(names, *WEIGHTS)
-    if weights:
-        return (
-            f"there is no {CONFIG_NAME} beside {weights[0]!r}: without it nobody knows the "
-            "scaling of the factors"
-        )
-    pickles = _having(names, *PICKLES)
-    if pickles:
-        return (
-            f"there is no {CONFIG_NAME}, and {pickles[0]!r} is a pickle, which is never "
-            "read"
-        )
-    return f"there is no {CONFIG_NAME}: no adapter is here"
-
-
-def _without_weights(dialect: Dialect, names: Collection[str], where: str) -> FormatError:
-    weights = _having(names, ".safetensors")
-    pickles = _having(names, *PICKLES)
-    if weights:
-        return FormatError(
-            f"there is no {dialect.weights_name}; found {', '.join(map(repr, weights))}",
-            where=where,
-            hint=f"if that is the adapter's file, rename it to {dialect.weights_name}, or "
-            "give `lorahub convert` the file itself",
-        )
-    if pickles:
-        return FormatError(
-            f"{pickles[0]!r} is a pickle, which can run code and is never read",
-            where=where,
-            hint="load it where you trust it and save it again with PEFT 0.18 or later",
-        )
-    return FormatError(f"there is no {dialect.weights_name}", where=where)
-
-
-def _owner(config: Mapping[str, Any]) -> str:
-    for keys, owner in _FOREIGN:
-        if keys <= config.keys():
-            return f"{owner}, which is not read yet"
-    return "none that is known: it names no peft_type"
-
-
-def _having(names: Collection[str], *suffixes: str) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(suffixes))
+    raise not_read.unclaimed(glances, files, DIALECTS)

@@ -24,6 +24,16 @@ FEATURES = {
     "rslora": "rsLoRA, where no alpha/rank is the same number",
     "alpha64": "an alpha that is no float32",
     "float64": "factors in float64",
+    "embeddings": "updates of embeddings",
+    "convolutions": "updates of convolutions",
+    "experts": "updates of experts",
+    "dora": "magnitudes (DoRA)",
+    "lora_bias": "biases beside the factors",
+    "replaced": "whole tensors of the base, trained anew",
+    "rows": "rows of an embedding, trained anew",
+    "scales": "factors on outputs or inputs (IA3)",
+    "alora": "acting only from invocation tokens on (aLoRA)",
+    "ties": "one update for two tied embeddings",
 }
 
 
@@ -35,11 +45,16 @@ class ReadOptions:
         base: folder of the base, for dialects whose names need its list of modules.
         scale_from: which of MLX's two numbers holds where both are set.
         alpha: loralib's `lora_alpha`.
+        enable_lora: loralib's, which parts of a merged layer (q, k and v) are adapted.
+        initial: folder of the factors as they were before training, for methods that
+            begin by taking them out of the base's weights (PiSSA, OLoRA, CorDA).
     """
 
     base: Path | None = None
     scale_from: ScaleFrom | None = None
     alpha: float | None = None
+    initial: Path | None = None
+    enable_lora: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,73 +1,64 @@
-"""diffusers' `pytorch_lora_weights.safetensors`: three layouts read, PEFT's names written.
-
-    unet.<module>.lora_A.weight                       PEFT's names
-    unet.<module>.lora.down.weight                    and ….lora_linear_layer.down.weight
-    unet.<…attn1>.processor.to_q_lora.down.weight     attention processors, before 2023-09
+"""diffusers' `pytorch_lora_weights.safetensors`: its layouts read, PEFT's names written.
 
 The first part is the component of the pipeline; it stays the first part of the target.
-Alphas lie in the header as PEFT's config, or as tensors `<module>.alpha`, or nowhere:
-then diffusers takes the rank.
+FLUX.1's layers in BFL's names, with or without `diffusion_model.`, become those of
+diffusers (`flux.py`). Alphas lie in the header as PEFT's config, or as tensors
+`<module>.alpha`, or nowhere: then diffusers takes the rank (`diffusers_scalings.py`). The
+names are the matter of `diffusers_names.py`.
 
-Source: huggingface/diffusers 0023a2c, `utils/state_dict_utils.py`, and 005627e,
-`loaders/lora_base.py`; `lora_adapter_metadata` since its pull request 11324.
+Source: huggingface/diffusers 005627e, `loaders/lora_base.py`.
 """
 
 import json
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_hub import strict_json
-from lora_hub.errors import FormatError
-from lora_hub.formats import base_names, factors, peft, peft_config
+from lora_hub.errors import FormatError, LossyConversion
+from lora_hub.formats import (
+    base_names,
+    diffusers_names,
+    factors,
+    flux,
+    layers,
+    losses,
+    peft_write,
+)
+from lora_hub.formats import diffusers_scalings as scalings
 from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
-from lora_hub.formats.factors import Factors, Matrix
+from lora_hub.formats.diffusers_scalings import METADATA_KEY
+from lora_hub.formats.factors import Factors
+from lora_hub.formats.matrices import Matrix
 from lora_hub.formats.source import AdapterSource
-from lora_hub.scaling import ScalingRule
-from lora_hub.tensors import arrays
+from lora_hub.manifest.document import Layer
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
 from lora_hub.tensors.write import TORCH_METADATA
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
-SAYS = frozenset({"alpha64", "components", "float64", "ranks", "rslora", "scalings"})
-
-_LAYOUTS = (
-    re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.weight"),
-    re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<which>down|up)\.weight"),
-    re.compile(
-        r"(?P<module>.+)\.(?P<part>to_(?:q|k|v|out))_lora\.(?P<which>down|up)\.weight"
-    ),
+SAYS = frozenset(
+    {
+        "alpha64",
+        "components",
+        "convolutions",
+        "dora",
+        "float64",
+        "lora_bias",
+        "ranks",
+        "rslora",
+        "scalings",
+    }
 )
-_WHICH = {"A": "a", "B": "b", "down": "a", "up": "b"}
-_ALPHA = re.compile(r"(.+)\.alpha")
-_PROCESSOR = re.compile(r"\.processor(?=\.|$)")
-
-# What attention processors called the layers of a U-Net, and of a text encoder.
-_PARTS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-_TEXT_PARTS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-
-_OTHERS = {
-    "lora_magnitude_vector": "a magnitude of DoRA",
-    "dora_scale": "a magnitude of DoRA",
-    "lora_B.bias": "a bias beside the factors",
-}
 
 
 def claim_weights(glance: Glance) -> str | None:
     if glance.header is None or not glance.header.tensors:
         return None
-    names = glance.header.tensors.keys()
     if METADATA_KEY in glance.header.metadata:
         return f"its header holds {METADATA_KEY}"
-    if all(base_names.of_component(name)[0] for name in names):
-        return "every tensor begins with a component of a pipeline (unet., text_encoder.)"
-    if all(_LAYOUTS[2].fullmatch(name) for name in names):
-        return "every tensor is of an attention processor (….processor.to_q_lora.…)"
-    return None
+    return diffusers_names.evidence(glance.header.tensors.keys())
 
 
 def read(given: Given, options: ReadOptions) -> AdapterSource:
@@ -75,76 +66,74 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
 
     Raises:
         FormatError: nothing says the scalings of modules of unlike ranks, header and
-            tensors disagree, or a tensor is of a kind that is not read yet.
+            tensors disagree, or a tensor is of a kind that is not read.
     """
     where = given.weights_where
     tensors = TensorFile.from_bytes(given.weights, where=where)
     found = []
-    alphas: dict[str, float] = {}
+    others: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.header.tensors.items():
-        alpha = _ALPHA.fullmatch(name)
-        if alpha:
-            target = _whole(alpha[1])
-            if target in alphas:
-                raise FormatError(f"two tensors are alphas of {target}", where=where)
-            alphas[target] = _number(tensors, tensor, where)
-        else:
-            target, which = _parse(name, where)
+        target, which = diffusers_names.parse(name, where)
+        if which in ("a", "b"):
             found.append((target, which, tensor))
+            continue
+        held = others.setdefault(target, {})
+        if which in held:
+            raise FormatError(f"two tensors are the {which} of {target}", where=where)
+        held[which] = tensor
     pairs = factors.pair_up(found, where)
-    wholes = {}
-    for target, (a, b) in pairs.items():
-        wholes[target] = (factors.matrix(tensors, a), factors.matrix(tensors, b))
-        factors.check_factors(target, *wholes[target], where)
-    ranks = {target: a.shape[0] for target, (a, _) in wholes.items()}
-    configs = _configs(tensors.header.metadata, where)
-    if configs and alphas:
-        raise FormatError(
-            f"the header holds {METADATA_KEY}, and the tensors hold alphas too", where=where
-        )
-    alone = sorted(alphas.keys() - pairs.keys())
+    alone = sorted(others.keys() - pairs.keys())
     if alone:
-        raise FormatError(f"{alone[0]} has an alpha and no factors", where=where)
-    said: dict[str, tuple[float, ScalingRule]] = {}
-    for component, targets in base_names.by_component(pairs).items():
-        own = {target: ranks[target] for target in targets}
-        if component in configs:
-            at = f"{where}#/__metadata__/{METADATA_KEY}/{component}"
-            said |= _from_config(configs[component], own, at)
-        else:
-            said |= _from_alphas(alphas, own, where)
-    parts = [Factors(target, *said[target], *wholes[target]) for target in pairs]
-    return factors.to_source(parts, where=where, base_name=_base_name(configs))
+        which = next(iter(others[alone[0]]))
+        raise FormatError(f"{alone[0]} has its {which} and no factors", where=where)
+    parts = {
+        target: _part(tensors, target, pair, others.get(target, {}), where)
+        for target, pair in pairs.items()
+    }
+    configs = scalings.configs_of(tensors.header.metadata, where)
+    alphas = {
+        target: scalings.number(tensors, held["alpha"], where)
+        for target, held in others.items()
+        if "alpha" in held
+    }
+    scaled = scalings.applied(parts, configs, alphas, where)
+    base_name = scalings.base_name(configs)
+    return factors.to_source(_renamed(scaled, where), where=where, base_name=base_name)
 
 
 def write(source: AdapterSource, base: Path | None = None) -> Written:
     """Return the file that `load_lora_weights` takes, PEFT's config in its header.
 
     Raises:
-        LossyConversion: a target is in no component of a pipeline.
+        LossyConversion: a target is in no component of a pipeline, PEFT's config cannot say
+            what stands in one, or the adapter holds what is no low-rank update of a
+            linear layer or a convolution.
     """
     parts = {part.target: part for part in factors.of_source(source)}
-    grouped = base_names.by_component(parts)
-    losses = []
-    if "" in grouped:
-        losses.append(
-            f"{factors.some(grouped[''])} lies in no component of a pipeline "
-            f"({', '.join(base_names.COMPONENTS)})"
-        )
-    factors.refuse(losses, "diffusers")
+    found = losses.beyond(source, SAYS)
     metadata: dict[str, Any] = {}
-    for component, targets in grouped.items():
-        own = {
-            base_names.of_component(target)[1]: (parts[target].rank, parts[target].alpha)
-            for target in targets
-        }
-        config = peft.build_config(own, parts[targets[0]].rule)
-        metadata |= {f"{component}.{key}": value for key, value in config.items()}
-    tensors = {
-        f"{target}.lora_{which}.weight": whole
-        for target, part in parts.items()
-        for which, whole in (("A", part.a), ("B", part.b))
-    }
+    for component, targets in base_names.by_component(parts).items():
+        if not component:
+            found.append(
+                f"{factors.some(targets)} lies in no component of a pipeline "
+                f"({', '.join(base_names.COMPONENTS)})"
+            )
+            continue
+        try:
+            config = peft_write.config_for(_component(source, component))
+        except LossyConversion as error:
+            found += [f"{loss} ({component})" for loss in error.losses]
+        else:
+            metadata |= {f"{component}.{key}": value for key, value in config.items()}
+    factors.refuse(found, "diffusers")
+    tensors: dict[str, Matrix] = {}
+    for target, part in parts.items():
+        tensors |= {f"{target}.lora_A.weight": part.a, f"{target}.lora_B.weight": part.b}
+        if part.bias:
+            tensors[f"{target}.lora_B.bias"] = part.bias
+        if part.magnitude:
+            magnitude = factors.as_stored(part).matrices["m"]
+            tensors[f"{target}.lora_magnitude_vector"] = magnitude
     header = {
         **TORCH_METADATA,
         METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True),
@@ -152,123 +141,84 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
     return Written({WEIGHTS_NAME: factors.safetensors(tensors, header)})
 
 
-# ── names ────────────────────────────────────────────────────────────────────────────
+def _component(source: AdapterSource, component: str) -> AdapterSource:
+    """Return the part of an adapter in one component, under the paths within it."""
+    updates = [
+        replace(update, target=path)
+        for update in source.updates
+        for found, path in (base_names.of_component(update.target),)
+        if found == component
+    ]
+    return AdapterSource(tuple(updates), source.tensors)
 
 
-def _parse(name: str, where: str) -> tuple[str, str]:
-    """Return target and "a" or "b"."""
-    # The processors' layout first: to_q_lora is no module of the second one.
-    for layout in reversed(_LAYOUTS):
-        match = layout.fullmatch(name)
-        if match:
-            module = _whole(match["module"])
-            part = match.groupdict().get("part")
-            if part:
-                names = _TEXT_PARTS if module.startswith("text_encoder") else _PARTS
-                module = f"{module}.{names[part]}"
-            return module, _WHICH[match["which"]]
-    for suffix, what in _OTHERS.items():
-        if name.removesuffix(".weight").endswith(f".{suffix}"):
-            raise FormatError(
-                f"the tensor {name!r} is {what}, which is not read yet", where=where
-            )
-    raise FormatError(
-        f"the tensor {name!r} is no low-rank factor of diffusers, in none of its layouts",
-        where=where,
+# ── layers ───────────────────────────────────────────────────────────────────────────
+
+
+def _renamed(parts: Iterable[Factors], where: str) -> list[Factors]:
+    """Return the parts with FLUX.1's layers as diffusers has them."""
+    found: dict[str, Factors] = {}
+    for part in parts:
+        _, path = base_names.of_component(part.target)
+        own = [part]
+        if flux.is_block(path):
+            own = flux.in_diffusers(replace(part, target=path), where)
+        for one in own:
+            if one.target in found:
+                raise FormatError(f"two tensors are factors of {one.target}", where=where)
+            found[one.target] = one
+    return list(found.values())
+
+
+def _part(
+    tensors: TensorFile,
+    target: str,
+    pair: tuple[TensorInfo, TensorInfo],
+    others: Mapping[str, TensorInfo],
+    where: str,
+) -> Factors:
+    """Return a target's factors, their scaling still to be found."""
+    a, b = (factors.matrix(tensors, tensor) for tensor in pair)
+    bias = others.get("bias")
+    part = Factors(
+        target,
+        float(a.shape[0]) if a.shape else 1.0,
+        "alpha/r",
+        a,
+        b,
+        layer=_layer(target, a, where),
+        bias=factors.matrix(tensors, bias) if bias else None,
     )
+    layers.check_factors(part, where)
+    if "magnitude" in others:
+        magnitude = factors.matrix(tensors, others["magnitude"])
+        _check_magnitude(magnitude, part, where)
+        part = replace(part, magnitude=magnitude.shaped((b.shape[0],)))
+    return part
 
 
-def _whole(module: str) -> str:
-    """Return the path with its component and without the processor, which is no module."""
-    module = _PROCESSOR.sub("", module)
-    return module if base_names.of_component(module)[0] else f"unet.{module}"
-
-
-# ── scalings ─────────────────────────────────────────────────────────────────────────
-
-
-def _configs(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
-    """Return component → PEFT's config of it, from the header."""
-    if METADATA_KEY not in metadata:
-        return {}
-    at = f"{where}#/__metadata__/{METADATA_KEY}"
-    stated = strict_json.decode_object(metadata[METADATA_KEY].encode(), where=at)
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in stated.items():
-        component, name = base_names.of_component(key)
-        if not component:
-            raise FormatError(f"the key {key!r} names no component", where=at)
-        configs.setdefault(component, {"peft_type": "LORA"})[name] = value
-    for component, config in configs.items():
-        peft_config.check_config(config, f"{at}/{component}")
-    return configs
-
-
-def _from_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], where: str
-) -> dict[str, tuple[float, ScalingRule]]:
-    """Return target → alpha and rule, as PEFT reads the config of one component."""
-    keys = {target: base_names.of_component(target)[1] for target in ranks}
-    paths = list(keys.values())
-    peft_config.check_targets(config, paths, where)
-    stated = peft_config.expand(
-        config, "rank_pattern", "r", peft_config.DEFAULT_RANK, paths, where
-    )
-    alphas = peft_config.expand(
-        config, "alpha_pattern", "lora_alpha", peft_config.DEFAULT_ALPHA, paths, where
-    )
-    rule: ScalingRule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
-    for target, rank in ranks.items():
-        if stated[keys[target]] != rank:
-            raise FormatError(
-                f"{target}: the factors have rank {rank}, the header says "
-                f"{stated[keys[target]]}",
-                where=where,
-            )
-    return {target: (float(alphas[keys[target]]), rule) for target in ranks}
-
-
-def _from_alphas(
-    alphas: Mapping[str, float], ranks: Mapping[str, int], where: str
-) -> dict[str, tuple[float, ScalingRule]]:
-    """Return target → alpha as its tensor says; of the rank where no tensor says any."""
-    without = sorted(ranks.keys() - alphas.keys())
-    if len(without) not in (0, len(ranks)):
+def _layer(target: str, a: Matrix, where: str) -> Layer:
+    layer = layers.layer_of(target, a)
+    if layer == "embedding":
         raise FormatError(
-            f"{factors.some(without)} has no alpha and other modules have one: the file is "
-            "incomplete",
+            f"{target} is an embedding, of which diffusers loads no update", where=where
+        )
+    return layer
+
+
+def _check_magnitude(magnitude: Matrix, part: Factors, where: str) -> None:
+    """Raise `FormatError` unless it is DoRA's, one number for each output.
+
+    PEFT keeps (out) or, of a convolution, (1, out, 1, 1), kohya's tools (out, 1, …). Theirs
+    of (1, in) is of the inputs.
+    """
+    outputs, shape = part.b.shape[0], magnitude.shape
+    axis = 1 if part.layer == "conv" and shape[:1] == (1,) else 0
+    is_of_outputs = shape[axis : axis + 1] == (outputs,) and math.prod(shape) == outputs
+    if not is_of_outputs:
+        raise FormatError(
+            f"{part.target}: its magnitude is {list(shape)} and there are {outputs} "
+            "outputs: one of the inputs is another method than DoRA, and not read",
             where=where,
         )
-    if without and len(set(ranks.values())) > 1:
-        raise FormatError(
-            f"the ranks are {sorted(set(ranks.values()))} and nothing says an alpha: what "
-            "diffusers takes for it depends on the order of its modules",
-            where=where,
-        )
-    return {
-        target: (alphas.get(target, float(rank)), "alpha/r")
-        for target, rank in ranks.items()
-    }
-
-
-def _number(tensors: TensorFile, tensor: TensorInfo, where: str) -> float:
-    stored: Matrix = factors.matrix(tensors, tensor)
-    if math.prod(stored.shape) != 1 or stored.dtype not in arrays.FLOATS:
-        raise FormatError(
-            f"{tensor.name} is {stored.dtype} of shape {list(stored.shape)}, expected one "
-            "number",
-            where=where,
-        )
-    alpha = float(arrays.floats(stored.data, stored.dtype, (1,))[0])
-    if not math.isfinite(alpha):
-        raise FormatError(
-            f"{tensor.name} is {alpha}, expected a finite number", where=where
-        )
-    return alpha
-
-
-def _base_name(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    names: Collection[Any] = {
-        config.get("base_model_name_or_path") for config in configs.values()
-    } - {None}
-    return next(iter(names)) if len(names) == 1 else None
+    layers.check_factors(replace(part, magnitude=magnitude), where)

@@ -1,19 +1,20 @@
-"""The two factors of a target as bytes, on their way from one dialect to another.
+"""A target's update as bytes, on its way from one dialect to another.
 
 Dialects give and take `Factors`; `to_source` makes an `AdapterSource` of them and
-`of_source` takes one apart. Numbers are moved as raw integers: a transposition of bfloat16
-needs no bfloat16, and no bit of a number changes.
+`of_source` takes one apart. Numbers are moved as raw integers (`matrices.py`), and no bit
+of one changes. What a dialect cannot say is the matter of `losses.py`.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lora_hub.errors import FormatError, LossyConversion
+from lora_hub.formats.matrices import Matrix, stacked, zeros
 from lora_hub.formats.source import AdapterSource, UpdateSource
+from lora_hub.manifest.document import Layer
 from lora_hub.scaling import ScalingRule, alpha_of, scaling
-from lora_hub.tensors.arrays import FLOATS
-from lora_hub.tensors.dtypes import BITS
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
 from lora_hub.tensors.write import TORCH_METADATA, chunks_of
@@ -21,62 +22,53 @@ from lora_hub.tensors.write import TORCH_METADATA, chunks_of
 # A file's content in pieces.
 Chunks = tuple[bytes | memoryview, ...]
 
-# Last parts of the names that models give to their embeddings. Their updates lie in files
-# under the names and shapes of a linear layer's and mean something else.
-_EMBEDDINGS = frozenset(
-    {
-        "embed_in",
-        "embed_positions",
-        "embed_tokens",
-        "position_embedding",
-        "position_embeddings",
-        "shared",
-        "tok_embeddings",
-        "token_embedding",
-        "word_embeddings",
-        "wpe",
-        "wte",
-    }
-)
-
 # A list in a message names so many targets and counts the others.
 _NAMED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A tensor's bytes, row-major and little endian."""
+# Beyond this, an alpha is a mistake, and its square no float.
+_MAX_ALPHA = 1e150
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | memoryview
 
-    def transposed(self) -> "Matrix":
-        """Return the matrix with its axes exchanged, its numbers bit for bit."""
-        import numpy as np
-
-        whole = np.frombuffer(self.data, dtype=f"<u{BITS[self.dtype] // 8}")
-        moved = np.ascontiguousarray(whole.reshape(self.shape).T)
-        return replace(self, shape=self.shape[::-1], data=moved.tobytes())
+def is_alpha(value: float) -> bool:
+    """Return whether a number may be an alpha or a scale: finite, and below 1e150."""
+    return abs(value) <= _MAX_ALPHA
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One target's update: a (rank, in_features), b (out_features, rank), its scaling."""
+    """One target's update: `scaling * b @ a`, and what belongs to it.
+
+    Attributes:
+        a: shaped as `UpdateSource` says of its layer, and so is `b`.
+        experts: how many share the factors; 1 for other layers.
+        magnitude: (out_features,), DoRA's.
+        bias: (out_features,), added to the output times the scaling.
+    """
 
     target: str
     alpha: float
     rule: ScalingRule
     a: Matrix
     b: Matrix
+    layer: Layer = "linear"
+    experts: int = 1
+    magnitude: Matrix | None = None
+    bias: Matrix | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // self.experts
 
     @property
     def scaling(self) -> float:
         return scaling(self.alpha, self.rank, self.rule)
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """What it consists of, by short names."""
+        found = {"a": self.a, "b": self.b, "m": self.magnitude, "bias": self.bias}
+        return {name: whole for name, whole in found.items() if whole is not None}
 
 
 def pair_up(
@@ -115,37 +107,34 @@ def matrix(file: TensorFile, tensor: TensorInfo) -> Matrix:
     return Matrix(tensor.dtype, tensor.shape, file.read(tensor.name))
 
 
-def check_factors(target: str, a: Matrix, b: Matrix, where: str) -> None:
-    """Raise `FormatError` unless a and b are the factors of a linear layer."""
-    shapes = f"the factors are {list(a.shape)} and {list(b.shape)}"
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        kind = {3: "experts", 4: "a convolution", 5: "a convolution"}
-        what = kind.get(len(a.shape), "no linear layer")
-        raise FormatError(
-            f"{target}: {shapes}, as for {what}; only linear layers are read yet",
-            where=where,
-        )
-    if a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
-        raise FormatError(
-            f"{target}: {shapes}; expected [rank, in] and [out, rank] of one rank",
-            where=where,
-        )
-    if a.dtype != b.dtype or a.dtype not in FLOATS:
-        raise FormatError(
-            f"{target}: the factors are {a.dtype} and {b.dtype}; expected one of "
-            f"{', '.join(sorted(FLOATS))} for both",
-            where=where,
-        )
-    if target.rpartition(".")[2] in _EMBEDDINGS:
-        raise FormatError(
-            f"{target} is an embedding, whose update is not read yet", where=where
-        )
+def of_scaling(
+    target: str, wanted: float, a: Matrix, b: Matrix, layer: Layer = "linear"
+) -> Factors:
+    """Return factors whose alpha/rank is the wanted scaling, exactly.
+
+    Where no alpha is one, the rank grows to a power of two by rows and columns of zeros.
+
+    Args:
+        target: its path.
+        wanted: the scaling.
+        a: (rank, in, *kernel).
+        b: (out, rank, 1, …).
+        layer: not of experts.
+    """
+    rank = a.shape[0]
+    alpha = alpha_of(wanted, rank, "alpha/r")
+    if alpha / rank != wanted:
+        more = (1 << rank.bit_length()) - rank
+        a = stacked([a, zeros(a.dtype, (more, *a.shape[1:]))])
+        b = stacked([b, zeros(b.dtype, (b.shape[0], more, *b.shape[2:]))], axis=1)
+        alpha = math.ldexp(wanted, rank.bit_length())
+    return Factors(target, alpha, "alpha/r", a, b, layer=layer)
 
 
 def to_source(
     parts: Iterable[Factors], *, where: str, base_name: str | None = None
 ) -> AdapterSource:
-    """Return an adapter whose file is in memory, two tensors for each target.
+    """Return an adapter whose file is in memory.
 
     An adapter has one scaling rule: where the parts have two, all are said as alpha/rank.
 
@@ -158,7 +147,7 @@ def to_source(
     tensors = {
         f"{target}.{which}": whole
         for target, part in by_target.items()
-        for which, whole in (("a", part.a), ("b", part.b))
+        for which, whole in as_stored(part).matrices.items()
     }
     file = TensorFile.from_bytes(b"".join(safetensors(tensors)), where=where)
     updates = tuple(
@@ -169,24 +158,54 @@ def to_source(
             rule=part.rule,
             a=file.info(f"{target}.a"),
             b=file.info(f"{target}.b"),
+            layer=part.layer,
+            magnitude=file.info(f"{target}.m") if part.magnitude else None,
+            bias=file.info(f"{target}.bias") if part.bias else None,
         )
         for target, part in by_target.items()
     )
     return AdapterSource(updates=updates, tensors=file, base_name=base_name)
 
 
+def as_stored(part: Factors) -> Factors:
+    """Return the part with its vectors in PEFT's shapes; (1, out, 1, …) for conv."""
+    magnitude = part.magnitude
+    if magnitude:
+        count = part.b.shape[0]
+        ones = (1,) * (len(part.a.shape) - 2)
+        shape = (1, count, *ones) if part.layer == "conv" else (count,)
+        magnitude = magnitude.shaped(shape)
+    bias = part.bias.shaped((part.b.shape[0],)) if part.bias else None
+    return replace(part, magnitude=magnitude, bias=bias)
+
+
 def of_source(source: AdapterSource) -> list[Factors]:
-    """Return the updates of an adapter with their bytes, in order of targets."""
-    return [
-        Factors(
-            target=update.target,
-            alpha=update.alpha,
-            rule=update.rule,
-            a=matrix(source.tensors, update.a),
-            b=matrix(source.tensors, update.b),
-        )
-        for update in sorted(source.updates, key=lambda update: update.target)
-    ]
+    """Return the updates of an adapter with their bytes, in order of targets.
+
+    Whatever else the adapter changes is left out: `losses.beyond` tells a writer of it.
+    """
+    return [_of_update(source, update) for update in sorted(source.updates, key=_target)]
+
+
+def _of_update(source: AdapterSource, update: UpdateSource) -> Factors:
+    flat = (update.b.shape[0],)
+    return Factors(
+        target=update.target,
+        alpha=update.alpha,
+        rule=update.rule,
+        a=matrix(source.tensors, update.a),
+        b=matrix(source.tensors, update.b),
+        layer=update.layer,
+        experts=update.experts,
+        magnitude=matrix(source.tensors, update.magnitude).shaped(flat)
+        if update.magnitude
+        else None,
+        bias=matrix(source.tensors, update.bias).shaped(flat) if update.bias else None,
+    )
+
+
+def _target(update: UpdateSource) -> str:
+    return update.target
 
 
 def safetensors(

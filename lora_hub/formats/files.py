@@ -1,10 +1,13 @@
 """The files of an adapter's folder, or one file of weights and the config beside it.
 
-Looking does not read the weights: a folder may turn out to hold a whole model.
+Looking does not read the weights: a folder may turn out to hold a whole model. A file is
+read whole only if it is no larger than a package's may be, and a safetensors file only if
+its header is true: a file that claims 60 GB costs a few bytes.
 """
 
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,16 @@ from lora_hub.tensors.header import ADAPTER_LIMITS
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS = (".safetensors", ".gguf")
 
+# The largest file of weights that is read: as in a package (`package/layout.py`).
+MAX_WEIGHTS_BYTES = 16 << 30
+# The largest config; the JSON reader has a limit of its own below this.
+_MAX_CONFIG_BYTES = 16 << 20
+
+# How deep adapters are looked for, to name them in a hint.
+_MAX_FOLDERS = 200
+
 _MAGIC_BYTES = 4
+_SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,7 @@ class Files:
         read: file name → its bytes.
         glance: file name → what its header says.
         chosen: the file of weights that the caller named, if one.
+        inner: folders in this one that hold an adapter_config.json, by name.
     """
 
     where: str
@@ -37,6 +50,7 @@ class Files:
     read: Callable[[str], bytes]
     glance: Callable[[str], Glance]
     chosen: str | None = None
+    inner: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any] | None:
         """Return the object in adapter_config.json, None where there is no such file."""
@@ -74,28 +88,68 @@ def open_files(path: Path) -> Files:
         read=lambda name: _read(folder / name),
         glance=lambda name: _glance(folder / name),
         chosen=chosen,
+        inner=() if chosen or CONFIG_NAME in names else _inner(folder, names),
     )
+
+
+def _inner(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the folders in this one that look like an adapter's."""
+    some = sorted(names)[:_MAX_FOLDERS]
+    return tuple(name for name in some if (folder / name / CONFIG_NAME).is_file())
 
 
 def _glance(path: Path) -> Glance:
     """Return what the header says; the tensors of a large file are not read for it."""
     if path.name.lower().endswith(".gguf"):
-        try:
-            with path.open("rb") as stream:
-                return Glance(path.name, stream.read(_MAGIC_BYTES), None)
-        except OSError as error:
-            raise InputError(
-                f"cannot be read: {error.strerror}", where=str(path)
-            ) from error
-    with TensorFile.open(path, limits=ADAPTER_LIMITS) as file:
+        return Glance(path.name, _bytes(path, _MAGIC_BYTES), None)
+    with _looked_at(path) as file:
         return Glance(path.name, b"", file.header)
 
 
+def _looked_at(path: Path) -> TensorFile:
+    """Return the file; a small one read whole, so that a pointer or a pickle is named."""
+    if path.is_file() and path.stat().st_size <= _SMALL_BYTES:
+        data = _bytes(path, _SMALL_BYTES)
+        return TensorFile.from_bytes(data, where=str(path))
+    return TensorFile.open(path, limits=ADAPTER_LIMITS)
+
+
 def _read(path: Path) -> bytes:
+    name = path.name.lower()
+    if name.endswith(".safetensors"):
+        # Nothing is read of a file whose header is not true.
+        _looked_at(path).close()
+    most = MAX_WEIGHTS_BYTES if name.endswith(WEIGHTS) else _MAX_CONFIG_BYTES
+    data = _bytes(path, most + 1, most)
+    if len(data) > most:  # it grew while it was read
+        raise _too_large(path, len(data), most)
+    return data
+
+
+def _bytes(path: Path, count: int, most: int | None = None) -> bytes:
+    """Return the first bytes of a file, if it has at most so many in all.
+
+    Raises:
+        InputError: it cannot be read, is no regular file or is larger.
+    """
     try:
-        # A named pipe would wait for its writer.
         if not path.is_file():
             raise InputError("is no regular file", where=str(path))
-        return path.read_bytes()
+        # A named pipe that comes in between would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError("is no regular file", where=str(path))
+            if most is not None and status.st_size > most:
+                raise _too_large(path, status.st_size, most)
+            return stream.read(min(count, status.st_size + 1))
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _too_large(path: Path, size: int, most: int) -> InputError:
+    return InputError(
+        f"the file has {size} bytes, at most {most} are read of an adapter",
+        where=str(path),
+    )

@@ -1,77 +1,53 @@
 """llama.cpp's LoRA in a GGUF file, through the `gguf` package, both ways.
 
 Tensors have llama.cpp's names (`blk.0.attn_q.weight.lora_a`), which the base's
-architecture gives them, so both ways need the base. llama.cpp keeps the rows of q and k of
-Llama in another order, which the rows of b follow. One alpha stands for all tensors; their
-scaling is alpha/rank, and 1 where alpha is 0.
+architecture gives them, so both ways need the base (`gguf_base.py`). llama.cpp keeps the
+rows of q and k of some models in another order, which the rows of b follow. Of an
+embedding `lora_a` is (tokens, rank), of experts there is one more axis in front, and gate
+and up are two tensors. One alpha stands for all; the scaling is alpha/rank, and 1 where
+alpha is 0.
 
 Where no one alpha is right for all, b takes up the ratio if that is a power of two, which
 moves exponents and rounds nothing. Any other adapter is refused.
 
-Source: ggml-org/llama.cpp 0b03ada, `convert_lora_to_gguf.py`, and
-`convert_hf_to_gguf.py:LlamaModel.permute`; `src/llama-adapter.cpp` for the scaling.
+Source: ggml-org/llama.cpp 0b03ada, `convert_lora_to_gguf.py`; `src/llama-adapter.cpp` for
+the scaling; for embeddings and experts `src/llama-graph.cpp` (`build_inp_embd`,
+`build_lora_mm_id`).
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from lora_hub import extras, strict_json
-from lora_hub.errors import FormatError, InputError
-from lora_hub.formats import base_names, factors
+from lora_hub import extras
+from lora_hub.errors import FormatError
+from lora_hub.formats import factors, gguf_base, gguf_file, layers, losses
 from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
-from lora_hub.formats.factors import Factors, Matrix
+from lora_hub.formats.factors import Factors
+from lora_hub.formats.gguf_base import Base
 from lora_hub.formats.gguf_bounds import check_bounds
+from lora_hub.formats.matrices import (
+    Matrix,
+    block_diagonal,
+    join_experts,
+    parted,
+    split_experts,
+    stacked,
+    zeros,
+)
 from lora_hub.formats.source import AdapterSource
 from lora_hub.tensors import arrays
-from lora_hub.tensors.dtypes import BITS
 
 WEIGHTS_NAME = "adapter.gguf"
 MAGIC = b"GGUF"
-SAYS = frozenset({"language", "ranks"})
+SAYS = frozenset({"embeddings", "experts", "language", "ranks"})
 
-# What llama.cpp multiplies by; it has no kernels for float64.
-_DTYPES = ("BF16", "F16", "F32")
+_EMBEDDING = "token_embd"
 
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """How llama.cpp keeps models of one `model_type`; q and k may be in another order."""
-
-    name: str
-    is_reordered: bool = False
-
-
-# model_type of config.json → llama.cpp's. Only those whose linear layers keep their rows,
-# but for q and k of Llama.
-_ARCHITECTURES = {
-    "gemma": _Architecture("gemma"),
-    "gemma2": _Architecture("gemma2"),
-    "llama": _Architecture("llama", is_reordered=True),
-    "mistral": _Architecture("llama", is_reordered=True),
-    "qwen2": _Architecture("qwen2"),
-    "qwen3": _Architecture("qwen3"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """What of the base the names and rows depend on.
-
-    Attributes:
-        names: path of a linear module → llama.cpp's name of it.
-        heads: last part of a path → heads of its rows, for those in another order.
-        is_tied: the output layer is the embedding, and llama.cpp has no tensor for it.
-    """
-
-    architecture: str
-    names: Mapping[str, str]
-    heads: Mapping[str, int]
-    is_tied: bool
+# A factor a and a factor b.
+_Pair = tuple[Matrix, Matrix]
 
 
 def claim_weights(glance: Glance) -> str | None:
@@ -89,7 +65,7 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
     where = given.weights_where
     library = extras.require("gguf", extra="demo")
     check_bounds(given.weights, where)
-    fields, tensors = _contents(library, given.weights, where)
+    fields, tensors = gguf_file.contents(library, given.weights, where)
     kinds = fields.get("general.type"), fields.get(library.Keys.Adapter.TYPE)
     if kinds != ("adapter", "lora"):
         raise FormatError(f"is a GGUF of {kinds[0]!r}, {kinds[1]!r}, no LoRA", where=where)
@@ -103,37 +79,22 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
             where=where,
             hint="give the folder of the base with `lorahub convert … --base`",
         )
-    base = _base(library, options.base)
+    base = gguf_base.describe(library, options.base)
     stated = fields.get("general.architecture")
     if stated != base.architecture:
         raise FormatError(
             f"is for the architecture {stated!r}, the base is {base.architecture!r}",
             where=where,
         )
-    modules = {name: module for module, name in base.names.items()}
-    halves: dict[str, dict[str, Matrix]] = {}
-    for name, whole in tensors.items():
-        stem, _, which = name.rpartition(".lora_")
-        module = modules.get(stem.removesuffix(".weight"))
-        if which not in ("a", "b") or module is None:
-            raise FormatError(
-                f"the tensor {name!r} is no factor of a linear layer of the base",
-                where=where,
-            )
-        halves.setdefault(module, {})[which] = whole
-    parts = []
-    for target, half in halves.items():
-        if len(half) != 2:
-            raise FormatError(f"{target} has one factor and not the other", where=where)
-        a, b = half["a"], half["b"]
-        factors.check_factors(target, a, b, where)
-        heads = base.heads.get(_last(target))
-        b = _reordered(b, heads, target, back=True) if heads else b
-        # 0 means that nothing but the user's own factor scales.
-        parts.append(Factors(target, alpha or float(a.shape[0]), "alpha/r", a, b))
+    parts = _parts(_halves(tensors, where), base, where)
     if not parts:
         raise FormatError("the file holds no factors", where=where)
-    return factors.to_source(parts, where=where)
+    # 0 means that nothing but the user's own factor scales.
+    scaled = [
+        replace(part, alpha=part.alpha * alpha if alpha else float(part.rank))
+        for part in parts
+    ]
+    return factors.to_source(scaled, where=where)
 
 
 def write(source: AdapterSource, base: Path | None = None) -> Written:
@@ -141,8 +102,9 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
 
     Raises:
         FormatError: no base was given, or its architecture is not known here.
-        LossyConversion: a target has no name in llama.cpp, factors are float64, or no
-            alpha and no powers of two say the scalings.
+        LossyConversion: a target has no name in llama.cpp, factors are float64, no alpha
+            and no powers of two say the scalings, or the adapter holds what is no update
+            of a linear layer, an embedding or experts.
         MissingExtra: the `gguf` package is not installed.
     """
     if base is None:
@@ -151,9 +113,9 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
             hint="give the folder of the base with `lorahub convert … --base`",
         )
     library = extras.require("gguf", extra="demo")
-    known = _base(library, base)
+    known = gguf_base.describe(library, base)
     parts = factors.of_source(source)
-    losses = _unsaid(parts, known)
+    found = losses.beyond(source, SAYS) + _unsaid(parts, known)
     alpha, ratios = _fold(parts)
     folded, inexact = {}, []
     for part in parts:
@@ -164,102 +126,155 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
         else:
             folded[part.target] = replace(part, b=b)
     if inexact:
-        losses.append(
+        found.append(
             "one alpha for all targets, and no power of two times it is the scaling of "
             f"{factors.some(inexact)}"
         )
-    factors.refuse(losses, "llama.cpp")
-    tensors = {}
+    factors.refuse(found, "llama.cpp")
+    tensors: dict[str, Matrix] = {}
     for part in folded.values():
-        heads = known.heads.get(_last(part.target))
-        b = _reordered(part.b, heads, part.target, back=False) if heads else part.b
-        tensors[f"{known.names[part.target]}.weight.lora_a"] = part.a
-        tensors[f"{known.names[part.target]}.weight.lora_b"] = b
+        for name, (a, b) in _named(part, known).items():
+            tensors |= {f"{name}.weight.lora_a": a, f"{name}.weight.lora_b": b}
     moved = [part.target for part in parts if ratios[part.target] != 1]
     note = f"a power of two of the scaling moved into b of {factors.some(moved)}"
-    data = _encode(library, known.architecture, alpha, tensors)
+    data = gguf_file.encode(library, known.architecture, alpha, tensors)
     return Written({WEIGHTS_NAME: (data,)}, (note,) if moved else ())
 
 
-# ── the base ─────────────────────────────────────────────────────────────────────────
+# ── layers ───────────────────────────────────────────────────────────────────────────
 
 
-def _base(library: ModuleType, folder: Path) -> _Base:
-    path = folder / "config.json"
-    config = strict_json.read_object(path)
-    model_type = config.get("model_type")
-    known = _ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if known is None:
-        raise FormatError(
-            f"model_type is {model_type!r}; how llama.cpp keeps it is known for "
-            f"{', '.join(sorted(_ARCHITECTURES))}",
-            where=str(path),
-        )
-    heads = _count(config, "num_attention_heads", path)
-    # As transformers: without a number of their own, k and v have as many heads as q.
-    kv_heads = config.get("num_key_value_heads")
-    kv_heads = heads if kv_heads is None else _count(config, "num_key_value_heads", path)
-    architecture = next(
-        arch for arch, name in library.MODEL_ARCH_NAMES.items() if name == known.name
-    )
-    table = library.get_tensor_name_map(
-        architecture, _count(config, "num_hidden_layers", path)
-    )
-    modules = base_names.modules_of(folder).get("", frozenset())
-    names = {module: table.get_name(module) for module in sorted(modules)}
-    return _Base(
-        architecture=known.name,
-        names={module: name for module, name in names.items() if name is not None},
-        heads={"q_proj": heads, "k_proj": kv_heads} if known.is_reordered else {},
-        is_tied=config.get("tie_word_embeddings") is True,
-    )
+def _named(part: Factors, base: Base) -> dict[str, _Pair]:
+    """Return llama.cpp's names for a target, and its factors as they are kept there."""
+    if part.layer == "experts":
+        a, b = split_experts(part.a, part.b, part.experts)
+        names = gguf_base.expert_parts(part.target, base)
+        cuts = parted(b, len(names))
+        return {name: (a, cut) for name, cut in zip(names, cuts, strict=True)}
+    name = base.names[part.target]
+    if part.layer == "embedding":
+        return {name: (part.a.transposed(), part.b)}
+    heads = base.heads.get(part.target.rpartition(".")[2])
+    b = gguf_base.reordered(part.b, heads, part.target, back=False) if heads else part.b
+    return {name: (part.a, b)}
 
 
-def _count(config: Mapping[str, Any], key: str, path: Path) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(
-            f"{key} is {value!r}, expected an integer above 0", where=str(path)
-        )
-    return value
+def _parts(pairs: Mapping[str, _Pair], base: Base, where: str) -> list[Factors]:
+    """Return the targets' factors; an alpha of n says n times that of the file.
 
-
-def _reordered(b: Matrix, heads: int, target: str, *, back: bool) -> Matrix:
-    """Return b with the rows of each head as llama.cpp has them, or `back` again.
-
-    transformers turns the first half of a head against the second, llama.cpp turns
-    neighbours: row (half, i) of a head becomes row (i, half).
+    (The factors of two kinds of experts stacked have twice the rank, and one scaling.)
     """
-    import numpy as np
+    modules = {name: module for module, name in base.names.items()}
+    experts = gguf_base.experts_of(base)
+    parts = []
+    halves: dict[str, dict[int, _Pair]] = {}
+    for name, (a, b) in pairs.items():
+        module = modules.get(name)
+        if name in experts:
+            target, number = experts[name]
+            _check_experts(name, a, b, where)
+            halves.setdefault(target, {})[number] = (a, b)
+            continue
+        if module is None:
+            raise FormatError(
+                f"the tensor {name!r} is no factor of a layer of the base that is known",
+                where=where,
+            )
+        if name == _EMBEDDING and len(a.shape) == 2:
+            part = Factors(module, 1.0, "alpha/r", a.transposed(), b, layer="embedding")
+            layers.check_factors(part, where)
+        else:
+            part = Factors(module, 1.0, "alpha/r", a, b)
+            layers.check_factors(part, where)
+            heads = base.heads.get(module.rpartition(".")[2])
+            if heads:
+                part = replace(part, b=gguf_base.reordered(b, heads, module, back=True))
+        parts.append(part)
+    for target, held in halves.items():
+        count = len(gguf_base.expert_parts(target, base))
+        parts.append(_joined(target, held, count, where))
+        layers.check_factors(parts[-1], where)
+    return parts
 
-    rows, columns = b.shape
-    if rows % (2 * heads):
-        raise FormatError(f"{rows} rows are not {heads} heads of even size", where=target)
-    half = rows // heads // 2
-    split = (heads, half, 2, columns) if back else (heads, 2, half, columns)
-    whole = np.frombuffer(b.data, dtype=f"<u{BITS[b.dtype] // 8}").reshape(split)
-    return replace(b, data=np.ascontiguousarray(whole.swapaxes(1, 2)).tobytes())
+
+def _check_experts(name: str, a: Matrix, b: Matrix, where: str) -> None:
+    shapes = f"the factors are {list(a.shape)} and {list(b.shape)}"
+    if (
+        not len(a.shape) == len(b.shape) == 3
+        or (a.shape[0], a.shape[1]) != (b.shape[0], b.shape[2])
+        or a.dtype != b.dtype
+        or 0 in a.shape + b.shape
+    ):
+        raise FormatError(
+            f"{name}: {shapes}; expected [experts, rank, in] and [experts, out, rank]",
+            where=where,
+        )
 
 
-def _last(target: str) -> str:
-    return target.rpartition(".")[2]
+def _joined(target: str, held: Mapping[int, _Pair], count: int, where: str) -> Factors:
+    """Return the update of a whole parameter of experts, of which parts are given."""
+    first_a, first_b = next(iter(held.values()))
+    for a, b in held.values():
+        if a.shape != first_a.shape or b.shape != first_b.shape or a.dtype != first_a.dtype:
+            raise FormatError(
+                f"{target}: its parts have factors of unlike shapes or dtypes, which one "
+                "alpha and one rank do not say",
+                where=where,
+            )
+    empty = zeros(first_b.dtype, first_b.shape)
+    if all(bytes(a.data) == bytes(first_a.data) for a, _ in held.values()):
+        a, times = first_a, 1
+        b = stacked([held[n][1] if n in held else empty for n in range(count)], axis=1)
+    else:
+        times = count
+        a = stacked([held[n][0] for n in range(count)], axis=1)
+        b = block_diagonal([held[n][1] for n in range(count)])
+    experts = a.shape[0]
+    whole_a, whole_b = join_experts(a, b)
+    return Factors(
+        target, float(times), "alpha/r", whole_a, whole_b, layer="experts", experts=experts
+    )
+
+
+def _halves(tensors: Mapping[str, Matrix], where: str) -> dict[str, _Pair]:
+    """Return llama.cpp's name of a weight → its two factors."""
+    halves: dict[str, dict[str, Matrix]] = {}
+    for name, whole in tensors.items():
+        stem, _, which = name.rpartition(".lora_")
+        if which not in ("a", "b") or not stem.endswith(".weight"):
+            raise FormatError(f"the tensor {name!r} is no low-rank factor", where=where)
+        halves.setdefault(stem.removesuffix(".weight"), {})[which] = whole
+    for name, half in halves.items():
+        if len(half) != 2:
+            raise FormatError(f"{name} has one factor and not the other", where=where)
+    return {name: (half["a"], half["b"]) for name, half in halves.items()}
 
 
 # ── scalings ─────────────────────────────────────────────────────────────────────────
 
 
-def _unsaid(parts: Sequence[Factors], base: _Base) -> list[str]:
-    losses = []
-    unnamed = [part.target for part in parts if part.target not in base.names]
+def _unsaid(parts: Sequence[Factors], base: Base) -> list[str]:
+    found = []
+    unnamed = [part.target for part in parts if not _has_name(part, base)]
     if unnamed:
-        losses.append(
-            f"{factors.some(unnamed)} is no linear layer of the base that it names"
+        found.append(f"{factors.some(unnamed)} is no layer of the base that it names")
+    tied = [p.target for p in parts if p.target == "lm_head" or p.layer == "embedding"]
+    if base.is_tied and tied:
+        found.append(
+            f"the output layer of the base is its embedding, of which it keeps one tensor "
+            f"(lm_head is tied): {factors.some(tied)}"
         )
-    if base.is_tied and any(part.target == "lm_head" for part in parts):
-        losses.append("the base has no output layer of its own to change (lm_head is tied)")
-    if any(part.a.dtype not in _DTYPES for part in parts):
-        losses.append("factors in float64")
-    return losses
+    if any(part.a.dtype not in gguf_file.DTYPES for part in parts):
+        found.append("factors in float64")
+    return found
+
+
+def _has_name(part: Factors, base: Base) -> bool:
+    if part.layer == "experts":
+        names = gguf_base.expert_parts(part.target, base)
+        return bool(names) and part.b.shape[0] % len(names) == 0
+    name = base.names.get(part.target)
+    return name is not None and (name == _EMBEDDING) == (part.layer == "embedding")
 
 
 def _fold(parts: Sequence[Factors]) -> tuple[float, dict[str, float]]:
@@ -301,70 +316,6 @@ def _times(b: Matrix, ratio: float) -> Matrix | None:
         data = narrow.tobytes()
     is_same = np.array_equal(narrow.astype("f8"), wanted, equal_nan=True)
     return replace(b, data=data) if is_same else None
-
-
-# ── the file ─────────────────────────────────────────────────────────────────────────
-
-
-def _contents(
-    library: ModuleType, data: bytes, where: str
-) -> tuple[dict[str, Any], dict[str, Matrix]]:
-    """Return the file's fields and its tensors; nothing of it stays mapped."""
-    named = {
-        library.GGMLQuantizationType.F32: "F32",
-        library.GGMLQuantizationType.F16: "F16",
-        library.GGMLQuantizationType.BF16: "BF16",
-    }
-    tensors = {}
-    with tempfile.TemporaryDirectory() as folder:
-        # The package reads files only, and maps them: so it is given a copy of its own.
-        path = Path(folder) / WEIGHTS_NAME
-        path.write_bytes(data)
-        try:
-            reader = library.GGUFReader(path)
-            fields = {name: field.contents() for name, field in reader.fields.items()}
-            for tensor in reader.tensors:
-                dtype = named.get(tensor.tensor_type)
-                if dtype is None:
-                    raise FormatError(
-                        f"{tensor.name} is {tensor.tensor_type.name}; expected one of "
-                        f"{', '.join(_DTYPES)}",
-                        where=where,
-                        hint="quantised factors have lost what they were",
-                    )
-                # GGUF counts the axes from the other end.
-                shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
-                tensors[tensor.name] = Matrix(dtype, shape, tensor.data.tobytes())
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise FormatError(
-                f"is no GGUF file that can be read: {error}", where=where
-            ) from error
-    return fields, tensors
-
-
-def _encode(
-    library: ModuleType, architecture: str, alpha: float, tensors: Mapping[str, Matrix]
-) -> bytes:
-    import numpy as np
-
-    writer = library.GGUFWriter(None, architecture)
-    writer.add_type(library.GGUFType.ADAPTER)
-    writer.add_string(library.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(library.Keys.Adapter.LORA_ALPHA, alpha)
-    for name in sorted(tensors):
-        whole = tensors[name]
-        rows, columns = whole.shape
-        # As bytes, with the dtype beside them: numpy has no bfloat16.
-        flat = np.frombuffer(whole.data, dtype="u1").reshape(rows, -1)
-        assert flat.shape[1] == columns * BITS[whole.dtype] // 8
-        writer.add_tensor(name, flat, raw_dtype=library.GGMLQuantizationType[whole.dtype])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / WEIGHTS_NAME
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path.read_bytes()
 
 
 def _alpha(value: Any, where: str) -> float:

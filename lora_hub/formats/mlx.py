@@ -2,41 +2,54 @@
 
 Factors are stored transposed: `lora_a` (in, rank), `lora_b` (rank, out), under the paths
 that modules have in MLX-LM, which for models with `model.layers.N` are those of the
-checkpoint. `scale` multiplies `b @ a` directly and is not divided by the rank.
+checkpoint. `scale` multiplies `b @ a` directly and is not divided by the rank. DoRA's
+magnitude is `m` (out). Experts have three axes, `lora_a` (experts, rank, in) and `lora_b`
+(experts, out, rank), under MLX's own names (`….switch_mlp.gate_proj`), which no checkpoint
+of transformers has: such an adapter fits bases that were converted to MLX.
 
-The first versions of MLX-LM multiplied by scale · alpha/rank instead, and their configs
-went on naming an alpha that later ones ignore. Where a config holds both numbers, nobody
-can tell from it which version trained, and the caller must say.
+An update of the input embedding changes a tied output too, so it is told as such
+(`ties_weights`), unless the base that was given has an output layer of its own.
 
-Source: ml-explore/mlx-lm 0367286, `mlx_lm/tuner/utils.py`, and 200af25, `lora.py`; for the
-first versions ml-explore/mlx-examples pull request 623.
+What the config says, `mlx_config.py` tells.
+
+Source: ml-explore/mlx-lm 0367286, `mlx_lm/tuner/utils.py`, and 200af25, `lora.py`; for
+DoRA, embeddings and experts `mlx_lm/tuner/dora.py` and `lora.py`.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_hub import canonical
 from lora_hub.errors import FormatError
-from lora_hub.formats import factors
-from lora_hub.formats.dialect import Given, Glance, ReadOptions, ScaleFrom, Written
+from lora_hub.formats import base_names, factors, layers, losses
+from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
 from lora_hub.formats.factors import Factors
+from lora_hub.formats.matrices import Matrix, join_experts, split_experts
+from lora_hub.formats.mlx_config import (
+    LAYER,
+    check_layers,
+    check_magnitudes,
+    parameters,
+)
 from lora_hub.formats.source import AdapterSource
 from lora_hub.scaling import spell
 from lora_hub.tensors.file import TensorFile
+from lora_hub.tensors.header import TensorInfo
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapters.safetensors"
-SAYS = frozenset({"alpha64", "language", "rslora"})
+SAYS = frozenset({"alpha64", "dora", "embeddings", "experts", "language", "rslora", "ties"})
 
 _FACTOR = re.compile(r"(.+)\.lora_([ab])")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_TOP = "lm_head"  # the one layer outside the blocks that keeps its name
-
-# The default of `scale` in the versions that multiplied by alpha too.
-_OLD_SCALE = 10.0
+_MAGNITUDE = re.compile(r"(.+)\.m")
+# What MLX-LM calls a layer of experts, whatever the model.
+_EXPERTS = re.compile(r".+\.switch_(?:mlp|glu)\.(?:gate|up|down)_proj")
+# The layers outside the blocks that keep their names.
+_EMBEDDING = "model.embed_tokens"
+_TOP = frozenset({"lm_head", _EMBEDDING})
 
 
 def claim_config(config: Mapping[str, Any]) -> str | None:
@@ -47,19 +60,11 @@ def claim_config(config: Mapping[str, Any]) -> str | None:
 def claim_weights(glance: Glance) -> str | None:
     if glance.header is None or not glance.header.tensors:
         return None
-    is_ours = all(_FACTOR.fullmatch(name) for name in glance.header.tensors)
+    is_ours = all(
+        _FACTOR.fullmatch(name) or _MAGNITUDE.fullmatch(name)
+        for name in glance.header.tensors
+    ) and any(_FACTOR.fullmatch(name) for name in glance.header.tensors)
     return "every tensor is named ….lora_a or ….lora_b" if is_ours else None
-
-
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        named = {"dora": "DoRA: the base's weight is scaled too", "full": "whole weights"}
-        raise FormatError(
-            f"fine_tune_type is {kind!r} ({named.get(kind, 'unknown')}), which is not read "
-            "yet",
-            where=where,
-        )
 
 
 def read(given: Given, options: ReadOptions) -> AdapterSource:
@@ -72,9 +77,13 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
     where = given.weights_where
     tensors = TensorFile.from_bytes(given.weights, where=where)
     found = []
+    magnitudes: dict[str, TensorInfo] = {}
     for name, tensor in tensors.header.tensors.items():
         target, which = _parse(name, where)
-        found.append((target, which, tensor))
+        if which == "m":
+            magnitudes[target] = tensor
+        else:
+            found.append((target, which, tensor))
     pairs = factors.pair_up(found, where)
     if not given.config:
         raise FormatError(
@@ -82,25 +91,26 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
             where=where,
         )
     config_where = f"{given.where}/{CONFIG_NAME}"
-    stated_rank, scale = _parameters(given.config, options.scale_from, config_where)
+    check_magnitudes(given.config, pairs, magnitudes, config_where)
+    stated_rank, scale = parameters(given.config, options.scale_from, config_where)
     parts = []
-    for target, (a, b) in pairs.items():
-        whole_a, whole_b = factors.matrix(tensors, a), factors.matrix(tensors, b)
-        if len(a.shape) == len(b.shape) == 2:
-            whole_a, whole_b = whole_a.transposed(), whole_b.transposed()
-        factors.check_factors(target, whole_a, whole_b, where)
-        rank = whole_a.shape[0]
-        if rank != stated_rank:
+    for target, pair in pairs.items():
+        part = _part(tensors, target, pair, magnitudes.get(target), where)
+        if part.rank != stated_rank:
             raise FormatError(
-                f"{target}: the factors have rank {rank}, {CONFIG_NAME} says {stated_rank}",
+                f"{target}: the factors have rank {part.rank}, {CONFIG_NAME} says "
+                f"{stated_rank}",
                 where=where,
             )
-        alpha, rule = spell(scale, rank)
-        parts.append(Factors(target, alpha, rule, whole_a, whole_b))
-    _check_layers(given.config, pairs, config_where)
+        alpha, rule = spell(scale, part.rank)
+        parts.append(replace(part, alpha=alpha, rule=rule))
+    check_layers(given.config, pairs, config_where)
     model = given.config.get("model")
-    return factors.to_source(
+    source = factors.to_source(
         parts, where=where, base_name=model if isinstance(model, str) else None
+    )
+    return replace(
+        source, ties_weights=_EMBEDDING in pairs and not _is_untied(options.base)
     )
 
 
@@ -112,16 +122,24 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
 
     Raises:
         LossyConversion: ranks or scalings differ, a target has no name that MLX-LM is
-            known to use, or factors are float64.
+            known to use, factors are float64, or the adapter holds what is no update of a
+            linear layer, an embedding or experts.
     """
     parts = factors.of_source(source)
-    factors.refuse(_losses(parts), "MLX-LM")
+    factors.refuse(
+        losses.beyond(source, SAYS)
+        + losses.partly(source, "dora")
+        + _tying(source, base)
+        + _losses(parts),
+        "MLX-LM",
+    )
     keys = set()
     for part in parts:
-        layer = _LAYER.fullmatch(part.target)
-        keys.add(layer[2] if layer else part.target)
+        module = _module(part)
+        layer = LAYER.fullmatch(module)
+        keys.add(layer[2] if layer else module)
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if parts[0].magnitude else "lora",
         "lora_parameters": {
             "dropout": 0.0,
             "keys": sorted(keys),
@@ -130,11 +148,14 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
         },
         "num_layers": -1,
     }
-    tensors = {
-        f"{part.target}.lora_{which}": whole.transposed()
-        for part in parts
-        for which, whole in (("a", part.a), ("b", part.b))
-    }
+    tensors: dict[str, Matrix] = {}
+    for part in parts:
+        a, b = part.a.transposed(), part.b.transposed()
+        if part.layer == "experts":
+            a, b = split_experts(part.a, part.b, part.experts)
+        tensors |= {f"{_module(part)}.lora_a": a, f"{_module(part)}.lora_b": b}
+        if part.magnitude:
+            tensors[f"{_module(part)}.m"] = part.magnitude
     files = {
         CONFIG_NAME: (canonical.encode(config),),
         WEIGHTS_NAME: factors.safetensors(tensors, {}),
@@ -142,108 +163,102 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
     return Written(files)
 
 
+def _part(
+    tensors: TensorFile,
+    target: str,
+    pair: tuple[TensorInfo, TensorInfo],
+    magnitude: TensorInfo | None,
+    where: str,
+) -> Factors:
+    """Return a target's factors, their scaling still to be found."""
+    a, b = (factors.matrix(tensors, tensor) for tensor in pair)
+    found = Factors(target, 1.0, "alpha/r", a, b)
+    if len(a.shape) == len(b.shape) == 3 and _EXPERTS.fullmatch(target):
+        if a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2] or 0 in a.shape + b.shape:
+            raise FormatError(
+                f"{target}: the factors are {list(a.shape)} and {list(b.shape)}; expected "
+                "[experts, rank, in] and [experts, out, rank]",
+                where=where,
+            )
+        a, b, experts = *join_experts(a, b), a.shape[0]
+        # The base's tensor, since to everyone else experts are a parameter.
+        weight = f"{target}.weight"
+        found = Factors(weight, 1.0, "alpha/r", a, b, layer="experts", experts=experts)
+    elif len(a.shape) == len(b.shape) == 2:
+        a, b = a.transposed(), b.transposed()
+        layer = layers.layer_of(target, a)
+        found = Factors(target, 1.0, "alpha/r", a, b, layer=layer)
+    if magnitude:
+        if found.layer != "linear":
+            raise FormatError(
+                f"{target}: MLX-LM's DoRA of an embedding has a magnitude for each token, "
+                "another method than PEFT's, and not read",
+                where=where,
+            )
+        found = replace(found, magnitude=factors.matrix(tensors, magnitude))
+    layers.check_factors(found, where)
+    return found
+
+
+def _module(part: Factors) -> str:
+    """Return the module whose update it is; experts are told by their weight."""
+    return part.target.removesuffix(".weight") if part.layer == "experts" else part.target
+
+
+def _is_named(part: Factors) -> bool:
+    module = _module(part)
+    if part.layer == "experts":
+        is_weight = part.target.endswith(".weight")
+        return is_weight and bool(LAYER.fullmatch(module) and _EXPERTS.fullmatch(module))
+    return bool(LAYER.fullmatch(module)) or module in _TOP
+
+
+def _is_untied(base: Path | None) -> bool:
+    """Return whether the base is known to have an output layer of its own."""
+    return base is not None and not base_names.is_tied(base)
+
+
+def _tying(source: AdapterSource, base: Path | None) -> list[str]:
+    """Return a loss where the adapter says of tied embeddings what MLX-LM does not do."""
+    changes_embedding = any(u.target == _EMBEDDING for u in source.updates)
+    if changes_embedding and not source.ties_weights and not _is_untied(base):
+        loss = f"an update of {_EMBEDDING} alone: it changes a tied output layer too"
+        return [f"{loss} (give the base, if it has an output layer of its own)"]
+    if source.ties_weights and not changes_embedding:
+        return ["tied embeddings without an update of the embedding"]
+    return []
+
+
 def _losses(parts: list[Factors]) -> list[str]:
-    losses = []
+    found = []
     ranks = sorted({part.rank for part in parts})
     if len(ranks) > 1:
-        losses.append(f"one rank for all targets, these have {ranks}")
+        found.append(f"one rank for all targets, these have {ranks}")
     scalings = sorted({part.scaling for part in parts})
     if len(scalings) > 1:
-        losses.append(f"one scale for all targets, these have {scalings}")
-    unnamed = [
-        part.target
-        for part in parts
-        if not _LAYER.fullmatch(part.target) and part.target != _TOP
-    ]
+        found.append(f"one scale for all targets, these have {scalings}")
+    unnamed = [part.target for part in parts if not _is_named(part)]
     if unnamed:
-        losses.append(
+        found.append(
             f"what it calls {factors.some(unnamed)} is not known (known: model.layers.N.…)"
         )
+    embedded = [p.target for p in parts if p.layer == "embedding" and p.magnitude]
+    if embedded:
+        found.append(
+            f"DoRA with a magnitude for each dimension of {factors.some(embedded)}, where "
+            "it has one for each token"
+        )
     if any(part.a.dtype == "F64" for part in parts):
-        losses.append("factors in float64, which its devices do not have")
-    return losses
+        found.append("factors in float64, which its devices do not have")
+    return found
 
 
 def _parse(name: str, where: str) -> tuple[str, str]:
-    """Return target and "a" or "b"."""
+    """Return target and "a", "b" or "m"."""
     match = _FACTOR.fullmatch(name)
-    if match is None:
-        what = "a magnitude of DoRA" if name.endswith(".m") else "no low-rank factor"
-        raise FormatError(f"the tensor {name!r} is {what}; not read yet", where=where)
-    return match[1], match[2]
-
-
-def _check_layers(config: Mapping[str, Any], targets: Iterable[str], where: str) -> None:
-    """Raise `FormatError` where MLX-LM would drop tensors in silence.
-
-    It makes the last `num_layers` blocks ready for factors, and in them the modules that
-    `keys` lists; what else lies in the file it does not load.
-    """
-    matches = {target: _LAYER.fullmatch(target) for target in targets}
-    layers = [int(match[1]) for match in matches.values() if match]
-    count = config.get("num_layers")
-    if isinstance(count, int) and count > 0 and layers:
-        reach = max(layers) - min(layers) + 1
-        if reach > count:
-            raise FormatError(
-                f"num_layers is {count}, and the weights reach over {reach} layers: "
-                "MLX-LM would drop some in silence",
-                where=where,
-            )
-    keys = config["lora_parameters"].get("keys")
-    for target, match in matches.items() if isinstance(keys, list) else ():
-        if target not in keys and (match is None or match[2] not in keys):
-            raise FormatError(
-                f"the weights hold {target}, which keys leaves out: MLX-LM would drop it "
-                "in silence",
-                where=where,
-            )
-
-
-def _parameters(
-    config: Mapping[str, Any], scale_from: ScaleFrom | None, where: str
-) -> tuple[int, float]:
-    """Return rank, and what multiplies `b @ a`."""
-    stated = config.get("lora_parameters")
-    if not isinstance(stated, Mapping):
-        raise FormatError("lora_parameters is missing or is no object", where=where)
-    where = f"{where}#/lora_parameters"
-    rank = stated.get("rank")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise FormatError(f"rank is {rank!r}, expected an integer above 0", where=where)
-    alpha, scale = (_number(stated, key, where) for key in ("alpha", "scale"))
-    if alpha is None and scale is None:
-        raise FormatError("names no scale", where=where)
-    if alpha is None:
-        assert scale is not None  # one of the two is there
-        return rank, scale
-    if scale_from is None:
-        direct = "none" if scale is None else f"{scale:g}"
-        old = (_OLD_SCALE if scale is None else scale) * (alpha / rank)
-        raise FormatError(
-            f"alpha is {alpha:g} and scale {direct}: MLX-LM today multiplies by scale "
-            f"({direct}), its first versions by scale · alpha/rank ({old:g}), and nothing "
-            "here says which of them trained this",
-            where=where,
-            hint="say which with `lorahub convert … --scale-from scale` or `alpha`",
-        )
-    if scale_from == "alpha":
-        return rank, (_OLD_SCALE if scale is None else scale) * (alpha / rank)
-    if scale is None:
-        raise FormatError("names no scale, only alpha", where=where)
-    return rank, scale
-
-
-def _number(stated: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = stated.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"{key} is {value!r}, expected a number", where=where)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise FormatError(f"{key} is {value!r}, expected a finite number", where=where)
-    return number
+    if match:
+        return match[1], match[2]
+    match = _MAGNITUDE.fullmatch(name)
+    if match:
+        return match[1], "m"
+    raise FormatError(f"the tensor {name!r} is no low-rank factor; not read", where=where)

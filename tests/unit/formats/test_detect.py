@@ -235,8 +235,13 @@ def test_model_beside_an_adapter_is_not_taken_for_one(tmp_path):
 
 NAMES = [
     ("w_a_000", "home-made, without paths of modules"),
-    ("diffusion_model.x.lora_A.weight", "FLUX's in the layout of BFL or ComfyUI"),
-    ("bert.loras.x.lora_A", "AdapterHub's, which is not read yet"),
+    ("diffusion_model.x.lora_A.weight", "ComfyUI's for a model other than FLUX.1"),
+    ("lora_transformer_x.lora_A.weight", "ComfyUI's for a model other than FLUX.1"),
+    ("bert.loras.x.lora_A", "AdapterHub's, which is not read"),
+    ("bert.adapters.x.adapter_down.0.weight", "AdapterHub's, which is not read"),
+    ("model.layers.0.adapter.linear_in.weight", "NeMo's or Megatron's"),
+    ("layers.0.attn.q_proj.w_lora_a", "of qwix or tunix (JAX)"),
+    ("prompt_embeddings", "of prompt or prefix tuning"),
     ("model.layers.0.q.lora_A.weight", "of no dialect that is read"),
     ("x.lora_a", "there is no adapter_config.json beside it"),
 ]

@@ -6,7 +6,7 @@ import pytest
 
 from lora_hub.errors import FormatError, LossyConversion
 from tests import adapters
-from tests.adapters import PIPELINE, Q0, TEXT, TO_OUT, TO_Q, part, source
+from tests.adapters import CONV, PIPELINE, Q0, TEXT, TO_OUT, TO_Q, part, source
 from tests.builders import tensor_bytes
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -136,19 +136,24 @@ def test_what_is_written_is_loaded_by_peft_as_a_config():
 
 
 BAD = [
-    ({f"{TO_Q}.lora_magnitude_vector": ("F32", (8,))}, None, "a magnitude of DoRA"),
-    ({**PAIR, f"{TO_Q}.lora_B.bias": ("F32", (8,))}, None, "a bias beside the factors"),
+    (
+        {**PAIR, f"{TO_OUT}.lora_magnitude_vector": ("F32", (8,))},
+        None,
+        "has its magnitude and no factors",
+    ),
+    ({**PAIR, f"{TO_Q}.dora_scale": ("F32", (1, 8))}, None, "another method than DoRA"),
+    ({**PAIR, f"{TO_Q}.lora_B.bias": ("F32", (7,))}, None, "its bias is F32 of shape [7]"),
     ({f"{TO_Q}.weight": ("F32", (8, 8))}, None, "in none of its layouts"),
     ({f"{TO_Q}.lora_A.weight": A}, None, "not the other factor"),
     (
         {
             f"{TO_Q}.lora_A.weight": ("F32", (2, 4, 3, 3)),
-            f"{TO_Q}.lora_B.weight": ("F32", (8, 2, 1, 1)),
+            f"{TO_Q}.lora_B.weight": ("F32", (8, 2, 3, 1)),
         },
         None,
-        "as for a convolution",
+        "of one rank",
     ),
-    ({**PAIR, f"{TO_OUT}.alpha": ("F32", ())}, None, "has an alpha and no factors"),
+    ({**PAIR, f"{TO_OUT}.alpha": ("F32", ())}, None, "has its alpha and no factors"),
     ({**PAIR, f"{TO_Q}.alpha": ("F32", (2,))}, None, "expected one number"),
     ({**PAIR, f"{TO_Q}.alpha": ("F32", ())}, {"unet.r": 2}, "the tensors hold alphas too"),
     (
@@ -163,10 +168,16 @@ BAD = [
     (
         {**PAIR, f"{TO_Q}.alpha": ("F32", ()), f"{TO_Q}.processor.alpha": ("F32", ())},
         None,
-        "two tensors are alphas of",
+        "two tensors are the alpha of",
     ),
     (PAIR, {"unet.r": 4}, "the factors have rank 2, the header says 4"),
-    (PAIR, {"unet.r": 2, "unet.use_dora": True}, "use_dora is True"),
+    (
+        PAIR,
+        {"unet.r": 2, "unet.use_dora": True},
+        "has no tensor for it, the header says use_dora=True",
+    ),
+    (PAIR, {"unet.r": 2, "unet.bias": "all"}, "bias='all', which diffusers does not load"),
+    (PAIR, {"unet.r": 2, "unet.init_lora_weights": "pissa"}, "changes the base's weights"),
     (PAIR, {"r": 2}, "the key 'r' names no component"),
     (PAIR, {"unet.r": 2, "unet.target_modules": ["to_k"]}, "lists 'to_k'"),
 ]
@@ -213,3 +224,37 @@ def test_every_target_comes_back():
     assert adapters.content(adapters.read_back("diffusers", files)) == (
         adapters.content(adapter)
     )
+
+
+def test_convolution_bias_and_magnitude_have_pefts_names_and_shapes():
+    plain = part(CONV, layer="conv", bias=True)
+    scaled = part(TEXT, dora=True)
+
+    data = adapters.written("diffusers", source(plain, scaled))[FILE]
+
+    found = {name: held[:2] for name, held in adapters.tensors_of(data).items()}
+    assert found == {
+        f"{CONV}.lora_A.weight": ("F32", (2, 8, 3, 3)),
+        f"{CONV}.lora_B.weight": ("F32", (8, 2, 1, 1)),
+        f"{CONV}.lora_B.bias": ("F32", (8,)),
+        f"{TEXT}.lora_A.weight": ("F32", (2, 8)),
+        f"{TEXT}.lora_B.weight": ("F32", (8, 2)),
+        f"{TEXT}.lora_magnitude_vector": ("F32", (8,)),
+    }
+    assert adapters.content(adapters.read_back("diffusers", {FILE: data})) == (
+        adapters.content(source(plain, scaled))
+    )
+
+
+@pytest.mark.parametrize("kind", ["dora", "bias"])
+def test_kind_that_only_some_targets_of_a_component_have_is_refused(kind):
+    with pytest.raises(LossyConversion, match="for some targets and not for"):
+        adapters.written("diffusers", source(part(TO_Q, **{kind: True}), part(TO_OUT)))
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "dora_scale"])
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+def test_magnitude_is_read_in_the_shapes_that_tools_save(name, shape):
+    (update,) = read({**PAIR, f"{TO_Q}.{name}": ("F32", shape)}).updates
+
+    assert update.magnitude.shape == (8,)

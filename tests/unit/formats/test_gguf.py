@@ -5,14 +5,29 @@ import numpy as np
 import pytest
 
 from lora_hub.errors import FormatError, InputError, LossyConversion
+from lora_hub.formats import factors, gguf_base
 from lora_hub.formats.gguf import write
+from lora_hub.formats.gguf_base import Base
 from tests import adapters
-from tests.adapters import HEADS, K0, KV_HEADS, Q0, TO_Q, UP1, part, source
+from tests.adapters import (
+    EMBEDDING,
+    GATE_UP,
+    HEADS,
+    K0,
+    KV_HEADS,
+    Q0,
+    SWITCH,
+    TO_Q,
+    UP1,
+    part,
+    source,
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return adapters.language_base(tmp_path_factory.mktemp("base"))
+    # Mixtral is llama.cpp's "llama" with experts.
+    return adapters.language_base(tmp_path_factory.mktemp("base"), model_type="mixtral")
 
 
 @pytest.fixture
@@ -136,8 +151,12 @@ LOSSES = [
     ([part(Q0, alpha=0.1)], "no power of two times it"),
     ([part(Q0, rank=8, rule="alpha/sqrt(r)")], "no power of two times it"),
     ([part(Q0, dtype="F64")], "float64"),
-    ([part(TO_Q)], "no linear layer of the base that it names"),
-    ([part("model.layers.7.mlp.up_proj")], "no linear layer of the base"),
+    ([part(Q0, dora=True)], "magnitudes (DoRA)"),
+    ([part(Q0, bias=True)], "biases beside the factors"),
+    ([part(SWITCH, layer="experts", experts=2)], "is no layer of the base that it names"),
+    ([part("model.layers.0.wpe", layer="embedding")], "is no layer of the base"),
+    ([part(TO_Q)], "is no layer of the base that it names"),
+    ([part("model.layers.7.mlp.up_proj")], "no layer of the base"),
 ]
 
 
@@ -152,8 +171,77 @@ def test_what_llama_cpp_cannot_say_is_refused_with_the_list(parts, loss, base):
 def test_tied_output_layer_is_refused(tmp_path):
     base = adapters.language_base(tmp_path, tie_word_embeddings=True)
 
-    with pytest.raises(LossyConversion, match="lm_head is tied"):
-        adapters.written("gguf", source(part("lm_head")), base)
+    for one in (part("lm_head"), part(EMBEDDING, layer="embedding")):
+        with pytest.raises(LossyConversion, match="lm_head is tied"):
+            adapters.written("gguf", source(one), base)
+
+
+def test_embedding_has_a_row_of_a_for_each_token(base, opened):
+    one = part(EMBEDDING, layer="embedding")
+
+    files = adapters.written("gguf", source(one), base)
+
+    found = {tensor.name: tensor for tensor in opened(files).tensors}
+    # build_inp_embd takes the rows of lora_a at the tokens, and multiplies by lora_b.
+    a, b = (found[f"token_embd.weight.lora_{which}"].data.astype("f8") for which in "ab")
+    assert a.shape == (16, 2)
+    np.testing.assert_allclose((a @ b.T).T * 2.0, adapters.delta(one), rtol=1e-14)
+    assert adapters.content(adapters.read_back("gguf", files, base=base)) == (
+        adapters.content(source(one))
+    )
+
+
+def experts(whole_a, whole_b, scaling):
+    """Return the deltas of experts, (E, out, in), of llama.cpp's factors."""
+    return scaling * (whole_b.astype("f8") @ whole_a.astype("f8"))
+
+
+def test_experts_are_gate_and_up_by_themselves(base, opened):
+    one = part(GATE_UP, layer="experts", experts=3, rank=2, shape=(12, 8), alpha=4)
+
+    files = adapters.written("gguf", source(one), base)
+
+    found = {tensor.name: tensor.data for tensor in opened(files).tensors}
+    gate, up = (
+        experts(
+            found[f"blk.1.ffn_{name}_exps.weight.lora_a"],
+            found[f"blk.1.ffn_{name}_exps.weight.lora_b"],
+            2.0,
+        )
+        for name in ("gate", "up")
+    )
+    a = np.frombuffer(one.a.data, "<f4").reshape(3, 2, 8)
+    b = np.frombuffer(one.b.data, "<f4").reshape(12, 2, 3).transpose(2, 0, 1)
+    np.testing.assert_array_equal(np.concatenate([gate, up], axis=1), experts(a, b, 2.0))
+    assert adapters.content(adapters.read_back("gguf", files, base=base)) == (
+        adapters.content(source(one))
+    )
+
+
+@pytest.mark.parametrize("names", [("gate",), ("up",), ("gate", "up")])
+@pytest.mark.parametrize("alpha", [0.0, 4.0])
+def test_experts_of_unlike_factors_are_stacked(names, alpha, base, tmp_path):
+    generator = np.random.default_rng(1)
+    tensors, wanted = {}, {"gate": np.zeros((3, 6, 8)), "up": np.zeros((3, 6, 8))}
+    for name in names:
+        a = generator.uniform(-1, 1, (3, 2, 8)).astype("f4")
+        b = generator.uniform(-1, 1, (3, 6, 2)).astype("f4")
+        tensors[f"blk.0.ffn_{name}_exps.weight.lora_a"] = a
+        tensors[f"blk.0.ffn_{name}_exps.weight.lora_b"] = b
+        wanted[name] = experts(a, b, alpha / 2 if alpha else 1.0)
+
+    data = file_of(tmp_path / "x.gguf", tensors, alpha=alpha)
+    (found,) = factors.of_source(
+        adapters.read_back("gguf", {"adapter.gguf": data}, base=base)
+    )
+
+    rank = found.rank
+    a = np.frombuffer(found.a.data, "<f4").reshape(3, rank, 8)
+    b = np.frombuffer(found.b.data, "<f4").reshape(12, rank, 3).transpose(2, 0, 1)
+    assert found.target == GATE_UP.replace(".1.", ".0.")
+    np.testing.assert_array_equal(
+        experts(a, b, found.scaling), np.concatenate([wanted["gate"], wanted["up"]], axis=1)
+    )
 
 
 def test_both_ways_need_the_base(base):
@@ -181,6 +269,7 @@ def test_base_that_is_not_known_or_another_is_refused(base, tmp_path):
 
 def file_of(path, tensors, **fields):
     """Return the bytes of a GGUF by the package alone."""
+    alpha = fields.pop("alpha", 4.0)
     stated = {"general.type": "adapter", "adapter.type": "lora", **fields}
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in stated.items():
@@ -188,7 +277,7 @@ def file_of(path, tensors, **fields):
             writer.add_array(name, value)
         else:
             writer.add_string(name, value)
-    writer.add_float32("adapter.lora.alpha", fields.pop("alpha", 4.0))
+    writer.add_float32("adapter.lora.alpha", alpha)
     for name, values in tensors.items():
         if isinstance(values, bytes):
             flat = np.frombuffer(values, "u1").reshape(1, -1)
@@ -209,12 +298,22 @@ BAD = {
     "aLoRA": ({}, {"adapter.alora.invocation_tokens": [1, 2]}, "aLoRA"),
     "nothing": ({}, {}, "holds no factors"),
     "one factor": ({f"{UP}a": A}, {}, "one factor and not the other"),
-    "a norm": ({"blk.0.attn_norm.weight": A}, {}, "no factor of a linear layer"),
+    "a norm": ({"blk.0.attn_norm.weight": A}, {}, "is no low-rank factor"),
     "quantised": ({f"{UP}a": bytes(34)}, {}, "is Q8_0"),
+    "another layer": (
+        {"x.weight.lora_a": A, "x.weight.lora_b": B},
+        {},
+        "no factor of a layer",
+    ),
     "an embedding": (
         {"token_embd.weight.lora_a": A, "token_embd.weight.lora_b": B},
         {},
-        "is an embedding",
+        "of one rank",
+    ),
+    "experts of one axis": (
+        {"blk.0.ffn_up_exps.weight.lora_a": A, "blk.0.ffn_up_exps.weight.lora_b": B},
+        {},
+        "expected [experts, rank, in]",
     ),
 }
 
@@ -247,3 +346,59 @@ def test_absent_package_is_said_with_how_to_get_it(base, monkeypatch):
 
     with pytest.raises(MissingExtra):
         adapters.written("gguf", source(part(Q0)), base)
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("model_type", gguf_base._ARCHITECTURES)
+def test_layers_of_every_known_architecture_have_names(model_type):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **TINY))
+    known = gguf_base._ARCHITECTURES[model_type]
+    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[known.name]
+    table = gguf.get_tensor_name_map(architecture, 2)
+
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    experts = [n for n, _ in model.named_parameters() if ".mlp.experts." in n]
+
+    unnamed = {name for name in linear if table.get_name(name) is None}
+    # Gemma's output is its embedding: a checkpoint has no lm_head.
+    assert unnamed <= ({"lm_head"} if model.config.tie_word_embeddings else set())
+    assert bool(experts) == known.has_experts
+    base = Base(known.name, 2, known.has_experts, {}, {}, is_tied=False)
+    assert all(gguf_base.expert_parts(name, base) for name in experts)
+
+
+def test_first_half_of_gate_up_is_the_gate_in_transformers():
+    import torch
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(**TINY)
+    layer = MixtralExperts(config)
+    with torch.no_grad():
+        layer.gate_up_proj.zero_()
+        layer.gate_up_proj[:, :64] = -1e4  # silu of a large negative number is zero
+        layer.gate_up_proj[:, 64:] = 1.0
+        layer.down_proj.fill_(1.0)
+    x = torch.ones(3, 32)
+    index, weights = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+
+    assert layer(x, index, weights).abs().max() == 0

@@ -1,13 +1,15 @@
 """sd-scripts' file; its `merge_to` computes `lora_up @ lora_down · alpha / dim`."""
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lora_hub.errors import FormatError, LossyConversion
+from lora_hub.formats.matrices import Matrix
 from tests import adapters
-from tests.adapters import PIPELINE, TEXT, TO_OUT, TO_Q, part, source
+from tests.adapters import CONV, PIPELINE, TEXT, TO_OUT, TO_Q, part, source
 from tests.builders import tensor_bytes
 
 MANGLED = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -107,21 +109,21 @@ def key(rest, name=MANGLED):
 
 BAD = [
     ({"x.lora_down.weight": ("F32", (2, 8))}, "not named as sd-scripts does"),
-    ({"lycoris_x.lora_down.weight": ("F32", (2, 8))}, "named as LyCORIS does"),
+    ({"lycoris_x.lora_down.weight": ("F32", (2, 8))}, "has no layer that sd-scripts"),
     ({key("lora_down.weight"): ("F32", (2, 8))}, "not the other factor"),
-    ({key("hada_w1_a"): ("F32", (2, 8))}, "is LoHa"),
-    ({key("lokr_w1"): ("F32", (2, 8))}, "is LoKr"),
-    ({key("dora_scale"): ("F32", (8, 1))}, "a magnitude of DoRA"),
-    ({key("lora_mid.weight"): ("F32", (2, 2, 3, 3))}, "a convolution in three factors"),
-    ({key("diff"): ("F32", (8, 8))}, "a whole weight"),
-    ({key("oft_blocks"): ("F32", (8, 8))}, "is OFT"),
+    ({key("diff"): ("F32", (8, 8))}, "the change of a whole weight (LyCORIS full)"),
+    ({key("diff_b"): ("F32", (8,))}, "a change of a bias (LyCORIS full)"),
+    ({key("oft_blocks"): ("F32", (8, 8))}, "is OFT: the weight is multiplied"),
+    ({key("w_norm"): ("F32", (8,))}, "the weight of a norm"),
+    ({key("on_input"): ("F32", (1,))}, "IA3 of LyCORIS"),
+    ({key("a1.weight"): ("F32", (8, 2))}, "GLoRA"),
     ({key("bent"): ("F32", (8, 8))}, "no low-rank factor of sd-scripts"),
     (
         {
             key("lora_down.weight"): ("F32", (2, 8, 3, 3)),
             key("lora_up.weight"): ("F32", (8, 2, 1, 1)),
         },
-        "as for a convolution",
+        "a kernel of [3, 3], the base's weight is [8, 8]",
     ),
     ({**PAIR, ALPHA: ("F32", (2,))}, "expected one number"),
     ({**PAIR, "lora_unet_x.alpha": ("F32", ())}, "lora_unet_x has an alpha and no factors"),
@@ -131,7 +133,7 @@ BAD = [
     ),
     (
         {name.replace("to_q", "to_qq"): v for name, v in PAIR.items()},
-        "has no linear layer that sd-scripts would call",
+        "has no layer that sd-scripts would call",
     ),
 ]
 
@@ -169,12 +171,22 @@ def test_name_that_two_modules_of_the_base_would_have_is_refused(tmp_path):
         read(PAIR, base)
 
 
+def grouped(target):
+    """Return factors of a convolution in two groups."""
+    one = part(target, layer="conv", rank=4)
+    half = Matrix("F32", (8, 2, 1, 1), bytes(one.b.data)[: 8 * 2 * 4])
+    return replace(one, b=half)
+
+
 LOSSES = [
     ([part(adapters.Q0)], "lies in no component it has a prefix for"),
     ([part("transformer.x")], "lies in no component it has a prefix for"),
     ([part(TO_Q, alpha=0.1)], "no float32 alpha"),
     ([part(TO_Q, alpha=0)], "no float32 alpha"),
     ([part(TO_Q, rule="alpha/sqrt(r)")], "no float32 alpha"),
+    ([part(TO_Q, bias=True)], "biases beside the factors"),
+    ([part("unet.x", layer="embedding")], "updates of embeddings"),
+    ([grouped(CONV)], "is a convolution in groups"),
     ([part("unet.a.b"), part("unet.a_b")], "would both be called lora_unet_a_b"),
 ]
 
@@ -185,3 +197,100 @@ def test_what_kohya_cannot_say_is_refused_with_the_list(parts, loss):
         adapters.written("kohya", source(*parts))
 
     assert loss in error.value.losses[0]
+
+
+def test_convolution_and_magnitude_are_named_as_lycoris_does():
+    one = part(CONV, layer="conv", dora=True)
+
+    data = adapters.written("kohya", source(one))["lora.safetensors"]
+
+    found = {n.partition(".")[2]: held for n, held in adapters.tensors_of(data).items()}
+    assert found["lora_down.weight"] == ("F32", (2, 8, 3, 3), bytes(one.a.data))
+    assert found["lora_up.weight"] == ("F32", (8, 2, 1, 1), bytes(one.b.data))
+    assert found["dora_scale"] == ("F32", (8, 1, 1, 1), bytes(one.magnitude.data))
+    assert adapters.metadata_of(data)["ss_network_module"] == "lycoris.kohya"
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1, 1)])
+def test_kernel_of_one_is_read_in_the_shape_of_the_base(shape, tmp_path):
+    base = tmp_path / "unet"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(tensor_bytes({"x.weight": ("F16", shape)}))
+    flat = {
+        "lora_unet_x.lora_down.weight": ("F32", (2, 8)),
+        "lora_unet_x.lora_up.weight": ("F32", (8, 2)),
+    }
+    deep = {name: (dtype, (*held, 1, 1)) for name, (dtype, held) in flat.items()}
+
+    for tensors in (flat, deep):
+        (update,) = read(tensors, tmp_path).updates
+
+        assert update.layer == ("conv" if len(shape) == 4 else "linear")
+        assert update.a.shape == (2, 8, *shape[2:])
+
+
+def sdxl(folder):
+    """Fill a folder with a pipeline whose U-Net has three blocks, as SDXL's."""
+    paths = {
+        "down_blocks.0.resnets.1.conv2": (8, 8, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (8, 8),
+        "down_blocks.2.attentions.1.proj_in": (8, 8),
+        "down_blocks.0.downsamplers.0.conv": (8, 8, 3, 3),
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2": (8, 8),
+        "up_blocks.0.upsamplers.0.conv": (8, 8, 3, 3),
+        "up_blocks.1.attentions.2.proj_out": (8, 8),
+        "time_embedding.linear_1": (8, 8),
+        "add_embedding.linear_2": (8, 8),
+    }
+    (folder / "unet").mkdir(parents=True)
+    tensors = {f"{path}.weight": ("F16", shape) for path, shape in paths.items()}
+    (folder / "unet/model.safetensors").write_bytes(tensor_bytes(tensors))
+    return folder
+
+
+SDXL = {
+    "input_blocks_2_0_out_layers_3": "down_blocks.0.resnets.1.conv2",
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ),
+    "input_blocks_8_1_proj_in": "down_blocks.2.attentions.1.proj_in",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "middle_block_1_transformer_blocks_0_ff_net_2": (
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    ),
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_1_proj_out": "up_blocks.1.attentions.2.proj_out",
+    "time_embed_0": "time_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+}
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_names_of_sdxl_are_those_of_stabilitys_own_unet(name, tmp_path):
+    base = sdxl(tmp_path)
+    kernel = {"conv": (3, 3), "conv2": (3, 3)}.get(SDXL[name].rpartition(".")[2], ())
+    ones = tuple(1 for _ in kernel)
+    tensors = {
+        f"lora_unet_{name}.lora_down.weight": ("F32", (2, 8, *kernel)),
+        f"lora_unet_{name}.lora_up.weight": ("F32", (8, 2, *ones)),
+    }
+
+    assert read(tensors, base).updates[0].target == f"unet.{SDXL[name]}"
+
+
+def test_names_of_stabilitys_unet_are_of_sdxl_alone(base):
+    tensors = {
+        key.replace(MANGLED, "lora_unet_input_blocks_1_1_proj_in"): value
+        for key, value in PAIR.items()
+    }
+
+    with pytest.raises(FormatError, match="has no layer that sd-scripts would call"):
+        read(tensors, base)
+
+
+def test_lycoris_of_any_model_is_found_in_its_checkpoint(tmp_path):
+    base = adapters.language_base(tmp_path)
+    mangled = "lycoris_model_layers_0_self_attn_q_proj"
+    tensors = {name.replace(MANGLED, mangled): value for name, value in PAIR.items()}
+
+    assert read(tensors, base).updates[0].target == adapters.Q0

@@ -51,7 +51,6 @@ BAD = [
         4,
         "a convolution",
     ),
-    ({"wte.lora_A": ("F32", (2, 9)), "wte.lora_B": ("F32", (8, 2))}, 4, "is an embedding"),
     ({f"{Q0}.lora_A": ("F32", (2, 8))}, 4, "not the other factor"),
 ]
 
@@ -67,6 +66,8 @@ def test_what_is_not_read_is_refused_by_name(tensors, alpha, problem):
 LOSSES = [
     ([part(Q0, alpha=2), part(K0, alpha=4)], "one alpha for all"),
     ([part(Q0, rank=3, alpha=1.6, rule="alpha/sqrt(r)")], "no alpha over the rank"),
+    ([part(Q0, dora=True)], "magnitudes (DoRA)"),
+    ([part("conv", layer="conv")], "updates of convolutions"),
 ]
 
 
@@ -76,3 +77,109 @@ def test_what_loralib_cannot_say_is_refused_with_the_list(parts, loss):
         adapters.written("loralib", source(*parts))
 
     assert loss in error.value.losses[0]
+
+
+def test_embedding_is_told_by_its_name():
+    found = read({"wte.lora_A": ("F32", (2, 9)), "wte.lora_B": ("F32", (8, 2))})
+
+    assert [update.layer for update in found.updates] == ["embedding"]
+
+
+def merged(a, b, alpha, enabled, rank):
+    """Return the delta of a MergedLinear as loralib computes it, group by group."""
+    size = len(b) // sum(enabled)
+    rows, group = [], 0
+    for is_enabled in enabled:
+        if is_enabled:
+            own = (
+                b[group * size : (group + 1) * size] @ a[group * rank : (group + 1) * rank]
+            )
+            group += 1
+        else:
+            own = np.zeros((size, a.shape[1]))
+        rows.append(alpha / rank * own)
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("enabled", [(True, True, True), (True, False, True)])
+def test_merged_layer_is_one_update_with_a_block_for_each_group(enabled):
+    groups, rank = sum(enabled), 3
+    tensors = {
+        "c_attn.lora_A": ("F32", (groups * rank, 8)),
+        "c_attn.lora_B": ("F32", (groups * 8, rank)),
+    }
+    generator = np.random.default_rng(0)
+    data = {
+        name: adapters.numbers(generator, shape[0] * shape[1], dtype)
+        for name, (dtype, shape) in tensors.items()
+    }
+    files = {"lora.safetensors": tensor_bytes(tensors, data)}
+
+    found = adapters.read_back("loralib", files, alpha=5.0, enable_lora=enabled)
+
+    a, b = (adapters.float64(*tensors[name], data[name]) for name in tensors)
+    np.testing.assert_allclose(
+        adapters.deltas(found)["c_attn"],
+        merged(a, b, 5.0, enabled, rank),
+        rtol=1e-14,  # the same products, in another order of scaling
+    )
+    assert found.updates[0].scaling == 5.0 / rank
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 3), (2, 3), (3, 5), (2, 1)])
+def test_convolution_is_that_of_loralib(rank, size, tmp_path):
+    shape = (5, 4, size, size)
+    base = {"conv1.weight": ("F32", shape)}
+    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(base))
+    tensors = {
+        "conv1.lora_A": ("F32", (rank * size, 4 * size)),
+        "conv1.lora_B": ("F32", (5 * size, rank * size)),
+    }
+    generator = np.random.default_rng(0)
+    data = {
+        name: adapters.numbers(generator, shape[0] * shape[1], dtype)
+        for name, (dtype, shape) in tensors.items()
+    }
+    files = {"lora.safetensors": tensor_bytes(tensors, data)}
+
+    found = adapters.read_back("loralib", files, alpha=5.0, base=tmp_path)
+
+    a, b = (adapters.float64(*tensors[name], data[name]) for name in tensors)
+    np.testing.assert_allclose(
+        adapters.deltas(found)["conv1"],
+        (b @ a).reshape(5, -1)
+        * (5.0 / rank),  # of ConvLoRA.forward, its kernel in one axis
+        rtol=1e-14,
+    )
+    assert found.updates[0].a.shape[1:] == shape[1:]
+
+
+def test_convolution_in_groups_is_refused(tmp_path):
+    base = {"conv1.weight": ("F32", (4, 2, 3, 3))}
+    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(base))
+    tensors = {"conv1.lora_A": ("F32", (6, 12)), "conv1.lora_B": ("F32", (6, 6))}
+    files = {"lora.safetensors": tensor_bytes(tensors)}
+
+    with pytest.raises(FormatError, match="expected a Conv2d of loralib without groups"):
+        adapters.read_back("loralib", files, alpha=5.0, base=tmp_path)
+
+
+MERGED = {"c_attn.lora_A": ("F32", (6, 8)), "c_attn.lora_B": ("F32", (24, 2))}
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_base_tells_that_all_groups_are_enabled(shape, tmp_path):
+    base = {"c_attn.weight": ("F32", shape)}
+    (tmp_path / "model.safetensors").write_bytes(tensor_bytes(base))
+
+    files = {"lora.safetensors": tensor_bytes(MERGED)}
+    found = adapters.read_back("loralib", files, alpha=4.0, base=tmp_path)
+
+    assert (found.updates[0].a.shape, found.updates[0].b.shape) == ((6, 8), (24, 6))
+
+
+def test_groups_that_do_not_fit_are_refused():
+    files = {"lora.safetensors": tensor_bytes(MERGED)}
+
+    with pytest.raises(FormatError, match="enable_lora names 1 of 2"):
+        adapters.read_back("loralib", files, alpha=4.0, enable_lora=(True, False))

@@ -7,7 +7,7 @@ import pytest
 
 from lora_hub.errors import FormatError, LossyConversion
 from tests import adapters
-from tests.adapters import K0, Q0, TO_Q, UP1, part, source
+from tests.adapters import EMBEDDING, GATE_UP, K0, Q0, SWITCH, TO_Q, UP1, part, source
 from tests.builders import tensor_bytes
 
 CONFIG = {
@@ -16,6 +16,10 @@ CONFIG = {
     "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0},
 }
 TENSORS = {f"{Q0}.lora_a": ("F32", (8, 2)), f"{Q0}.lora_b": ("F32", (2, 8))}
+
+
+DORA = CONFIG | {"fine_tune_type": "dora"}
+SWITCHED = SWITCH.removesuffix(".weight")
 
 
 def read(config=CONFIG, tensors=TENSORS, **options):
@@ -105,7 +109,19 @@ BAD = [
         "num_layers is 1, and the weights reach over 2 layers",
     ),
     (CONFIG, {f"{Q0}.lora_a": ("F32", (8, 2))}, "not the other factor"),
-    (CONFIG, {**TENSORS, f"{Q0}.m": ("F32", (8,))}, "a magnitude of DoRA"),
+    (CONFIG, {**TENSORS, f"{Q0}.m": ("F32", (8,))}, "fine_tune_type is 'lora'"),
+    (DORA, {**TENSORS, f"{Q0}.m": ("F32", (7,))}, "its magnitude is F32 of shape [7]"),
+    (DORA, TENSORS, f"'dora', and {Q0} has no magnitude"),
+    (DORA, {**TENSORS, f"{K0}.m": ("F32", (8,))}, "a magnitude and no factors"),
+    (
+        DORA,
+        {
+            "model.embed_tokens.lora_a": ("F32", (16, 2)),
+            "model.embed_tokens.lora_b": ("F32", (2, 8)),
+            "model.embed_tokens.m": ("F32", (16,)),
+        },
+        "a magnitude for each token",
+    ),
     (CONFIG, {f"{Q0}.weight": ("F32", (8, 8))}, "no low-rank factor"),
     (
         CONFIG,
@@ -115,10 +131,10 @@ BAD = [
     (
         CONFIG,
         {
-            "model.embed_tokens.lora_a": ("F32", (16, 2)),
-            "model.embed_tokens.lora_b": ("F32", (2, 8)),
+            f"{SWITCHED}.lora_a": ("F32", (4, 2, 8)),
+            f"{SWITCHED}.lora_b": ("F32", (3, 8, 2)),
         },
-        "is an embedding",
+        "expected [experts, rank, in]",
     ),
     (
         CONFIG,
@@ -143,6 +159,10 @@ LOSSES = [
     ([part(TO_Q)], "what it calls unet."),
     ([part("transformer.h.0.attn.c_attn")], "what it calls transformer.h.0"),
     ([part(Q0, dtype="F64")], "float64"),
+    ([part(Q0, dora=True), part(K0)], "for all targets or none, 1 have one"),
+    ([part(Q0, bias=True)], "biases beside the factors"),
+    ([part("model.layers.0.conv", layer="conv")], "updates of convolutions"),
+    ([part(GATE_UP, layer="experts", experts=2)], "what it calls model.layers.1.mlp"),
 ]
 
 
@@ -155,12 +175,69 @@ def test_what_mlx_lm_cannot_say_is_refused_with_the_list(parts, loss):
     assert len(error.value.losses) == 1
 
 
-def test_dora_and_full_fine_tuning_are_refused_by_name(tmp_path):
+def test_full_fine_tuning_is_refused_by_name(tmp_path):
     from lora_hub.formats.detect import open_adapter
 
-    for kind, said in (("dora", "DoRA"), ("full", "whole weights")):
-        config = json.dumps(CONFIG | {"fine_tune_type": kind})
-        (tmp_path / "adapter_config.json").write_text(config)
+    config = json.dumps(CONFIG | {"fine_tune_type": "full"})
+    (tmp_path / "adapter_config.json").write_text(config)
 
-        with pytest.raises(FormatError, match=said):
-            open_adapter(tmp_path)
+    with pytest.raises(FormatError, match="whole weights"):
+        open_adapter(tmp_path)
+
+
+def test_dora_is_that_of_mlx_lm():
+    wanted = part(Q0, dora=True), part(K0, dora=True)
+
+    files = adapters.written("mlx", source(*wanted))
+
+    found = adapters.tensors_of(files["adapters.safetensors"])
+    assert json.loads(files["adapter_config.json"])["fine_tune_type"] == "dora"
+    assert found[f"{Q0}.m"] == ("F32", (8,), bytes(wanted[0].magnitude.data))
+    assert adapters.content(adapters.read_back("mlx", files)) == (
+        adapters.content(source(*wanted))
+    )
+
+
+def test_experts_are_one_matrix_each():
+    # As in MLX-LM's LoRASwitchLinear.fuse: weight + scale * lora_b @ lora_a, (E, out, in).
+    wanted = part(SWITCH, layer="experts", experts=3, rank=2, shape=(12, 8))
+
+    files = adapters.written("mlx", source(wanted))
+
+    found = adapters.tensors_of(files["adapters.safetensors"])
+    a, b = (adapters.float64(*found[f"{SWITCHED}.lora_{which}"]) for which in "ab")
+    ours_a = adapters.float64(*of(wanted.a)).reshape(3, 2, 8)
+    ours_b = adapters.float64(*of(wanted.b)).reshape(12, 2, 3).transpose(2, 0, 1)
+    np.testing.assert_array_equal(b @ a, ours_b @ ours_a)
+    assert adapters.content(adapters.read_back("mlx", files)) == (
+        adapters.content(source(wanted))
+    )
+
+
+def of(whole):
+    return whole.dtype, whole.shape, bytes(whole.data)
+
+
+def test_embedding_is_told_to_change_a_tied_output_too(tmp_path):
+    tensors = {
+        f"{EMBEDDING}.lora_a": ("F32", (16, 2)),
+        f"{EMBEDDING}.lora_b": ("F32", (2, 8)),
+    }
+    untied = adapters.language_base(tmp_path)
+
+    found = read(tensors=tensors)
+
+    assert [u.layer for u in found.updates] == ["embedding"]
+    assert (found.updates[0].a.shape, found.updates[0].b.shape) == ((2, 16), (8, 2))
+    assert found.ties_weights
+    assert not read(tensors=tensors, base=untied).ties_weights
+
+
+def test_embedding_alone_is_written_only_for_a_base_with_an_output_layer(tmp_path):
+    adapter = source(part(EMBEDDING, layer="embedding"))
+
+    with pytest.raises(LossyConversion, match="changes a tied output layer too"):
+        adapters.written("mlx", adapter)
+    files = adapters.written("mlx", adapter, adapters.language_base(tmp_path))
+
+    assert "adapters.safetensors" in files
