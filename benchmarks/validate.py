@@ -3,17 +3,20 @@
     python benchmarks/validate.py [PACKAGES]
 
 Makes PACKAGES (1,000 without) signed packages of 2 MB each in a temporary folder, the
-adapter being random numbers of rank 8 for 60 targets. Then, in turn and three times, what
+adapter being random numbers of rank 8 for 60 targets. Then, in turn and five times, what
 the disk cache holds is hashed with SHA-256 by as many threads as there are cores, and
-validated; the medians and their ratio are printed. The aim is a ratio of at least 0.6.
+validated; the medians of the seconds and of their ratios are printed. The aim is a ratio of
+at least 0.6. On a machine that does other things too, the ratio of the processors' seconds
+tells more than that of the clock's; both are printed.
 Manifests alone (read, schema, canonical form, consistency) are counted on one core and
 with a process for each core; the aim is 2,000 a second on two.
 """
 
 import hashlib
-import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_hub import digest
+from lora_hub import canonical, digest
 from lora_hub.formats import peft
 from lora_hub.formats.detect import open_adapter
 from lora_hub.manifest import codec
@@ -35,9 +38,8 @@ from lora_hub.signing import keys
 from lora_hub.signing.sign import sign
 from lora_hub.tensors.write import chunks_of
 from lora_hub.validation.manifest import check_bytes
-from lora_hub.validation.run import check_all
 
-ROUNDS = 3
+ROUNDS = 5
 RANK, HIDDEN, LAYERS = 8, 512, 30
 AIM, AIM_MANIFESTS = 0.6, 2000
 CORES = os.cpu_count() or 1
@@ -63,7 +65,7 @@ def make_package(folder: Path, seed: int, key: Any) -> None:
     config = peft.build_config(
         dict.fromkeys(shapes, (RANK, 16.0)), "alpha/r", base_name="lab/base"
     )
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_bytes(canonical.encode(config))
     (folder / "README.md").write_text(f"# Package {seed}\n")
     (folder / d.MANIFEST_NAME).write_bytes(codec.encode(manifest(folder, seed, shapes)))
     digests = {path.name: digest.of_bytes(path.read_bytes()) for path in folder.iterdir()}
@@ -113,8 +115,10 @@ def hash_all(files: Sequence[Path]) -> None:
 
 
 def validate_all(folder: Path) -> None:
-    found = [one for each in check_all([folder], processes=CORES) for one in each.findings]
-    assert not found, found[0]
+    """Run the command as a user does, its start-up included."""
+    command = [str(Path(sys.executable).with_name("lorahub")), "validate", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "no findings\n", done.stdout + done.stderr
 
 
 def check_manifests(documents: Sequence[bytes]) -> int:
@@ -124,10 +128,16 @@ def check_manifests(documents: Sequence[bytes]) -> int:
     return len(documents)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Return how long it took by the clock, and how long the processors worked for it."""
+    start, busy = time.perf_counter(), processor_s()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_s() - busy
+
+
+def processor_s() -> float:
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main() -> int:
@@ -147,23 +157,30 @@ def main() -> int:
             hashing.append(seconds(lambda: hash_all(files)))
             validating.append(seconds(lambda: validate_all(folder)))
         documents = [path.read_bytes() for path in folder.glob(f"*/{d.MANIFEST_NAME}")]
-    hash_s, validate_s = statistics.median(hashing), statistics.median(validating)
-    ratio = hash_s / validate_s
     print(f"{count} packages, {size_bytes / 1e6:.0f} MB, {CORES} cores, median of {ROUNDS}")
-    print(f"SHA-256   {hash_s:7.2f} s  {size_bytes / hash_s / 1e6:7.0f} MB/s")
-    print(f"validate  {validate_s:7.2f} s  {size_bytes / validate_s / 1e6:7.0f} MB/s")
-    print(f"ratio     {ratio:7.2f}    aim: at least {AIM}")
-    one_core = count / seconds(lambda: check_manifests(documents))
+    for name, times in (("SHA-256", hashing), ("validate", validating)):
+        clock_s, busy_s = (statistics.median(column) for column in zip(*times, strict=True))
+        rate = size_bytes / clock_s / 1e6
+        print(f"{name:9} {clock_s:7.2f} s  {rate:7.0f} MB/s  {busy_s:7.2f} s of processors")
+    clock, busy = (
+        statistics.median(
+            hashed[which] / checked[which]
+            for hashed, checked in zip(hashing, validating, strict=True)
+        )
+        for which in (0, 1)
+    )
+    print(f"ratio     {clock:7.2f} by the clock, {busy:.2f} of processors    aim: {AIM}")
+    one_core = count / seconds(lambda: check_manifests(documents))[0]
     with ProcessPoolExecutor(CORES) as pool:
         list(pool.map(check_manifests, [documents[:1]] * CORES))  # the processes are up
         parts = [documents[index::CORES] for index in range(CORES)]
-        all_cores = count / seconds(lambda: list(pool.map(check_manifests, parts)))
+        all_cores = count / seconds(lambda: list(pool.map(check_manifests, parts)))[0]
     size = statistics.mean(map(len, documents)) / 1e3
     print(
         f"manifests {one_core:7.0f}/s on one core, {all_cores:.0f}/s on {CORES} "
         f"({size:.0f} kB each, {2 * LAYERS} targets); aim: {AIM_MANIFESTS}/s"
     )
-    return 0 if ratio >= AIM and all_cores >= AIM_MANIFESTS else 1
+    return 0 if clock >= AIM and all_cores >= AIM_MANIFESTS else 1
 
 
 if __name__ == "__main__":

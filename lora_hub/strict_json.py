@@ -2,7 +2,8 @@
 
 Two readers that understand one document differently are how a checked file turns
 into another one when it is used. So duplicate keys, NaN, byte order marks, trailing
-bytes, deep nesting and sizes beyond a limit are errors here.
+bytes, halves of surrogate pairs, deep nesting and sizes beyond a limit are errors here.
+Documents in which none of that can be are known by their spelling (`plain_json.py`).
 """
 
 import json
@@ -12,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lora_hub import plain_json
 from lora_hub.errors import DocumentError
 
 MAX_BYTES = 4 << 20
@@ -30,15 +32,20 @@ def decode(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
             f"the document has {len(data)} bytes, at most {max_bytes} are read",
             where=where,
         )
+    plain = plain_json.decode(data)
+    if plain is not None:
+        return plain
     _refuse_lfs_pointer(data, where)
     _check_depth(data, where)
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_float=_float,
         )
+        if _SURROGATE.search(data):
+            _refuse_halves(value)
     except UnicodeDecodeError as error:
         raise DocumentError(
             f"byte {error.start} is not UTF-8; JSON documents are UTF-8", where=where
@@ -54,6 +61,7 @@ def decode(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> Any:
         raise DocumentError(
             "not JSON: a number has more than 4300 digits", where=where
         ) from error
+    return value
 
 
 def decode_object(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -107,6 +115,17 @@ def _float(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise _Refused(f"the number {text[:40]} is beyond what a float holds")
     return value
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _refuse_halves(value: Any) -> None:
+    # Python takes half of a pair for a character, which no UTF-8 can spell.
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _Refused("a text holds half of a surrogate pair") from error
 
 
 def _refuse_lfs_pointer(data: bytes, where: str) -> None:

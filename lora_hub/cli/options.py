@@ -20,6 +20,30 @@ def registry(function: Function) -> Function:
     )(function)
 
 
+# As in `formats/detect.py`, which is not imported for a help text; a test compares them.
+DIALECTS = ["peft", "mlx", "kohya", "diffusers", "loralib", "gguf"]
+
+
+def reading(function: Function) -> Function:
+    """Add what an adapter's files may leave open: `--from`, `--scale-from`, `--alpha`."""
+    for option in (
+        click.option("--alpha", type=float, help="The lora_alpha of a loralib file."),
+        click.option(
+            "--scale-from",
+            type=click.Choice(["alpha", "scale"]),
+            help="Which number holds where an MLX config has both.",
+        ),
+        click.option(
+            "--from",
+            "from_",
+            type=click.Choice(DIALECTS),
+            help="What the adapter's files are, where two dialects could be meant.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def as_json(function: Function) -> Function:
     """Add `--json`."""
     return click.option(

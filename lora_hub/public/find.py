@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_hub import refs, settings
+from lora_hub.errors import InputError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import MANIFEST_NAME, Base, Manifest
 
 if TYPE_CHECKING:
+    from lora_hub.formats.dialect import ReadOptions
     from lora_hub.registry.pull import Pulled
     from lora_hub.registry.registry import Registry
 
@@ -45,15 +47,29 @@ class Found:
         return self.manifest.base if self.manifest else None
 
 
-def find(what: PathLike, registry: PathLike | None = None) -> Found:
+def find(
+    what: PathLike,
+    registry: PathLike | None = None,
+    *,
+    options: "ReadOptions | None" = None,
+    dialect: str | None = None,
+) -> Found:
     """Return the adapter that a reference or a path means.
 
+    Args:
+        what: a reference, or the path of a package, an adapter's folder or a file in it.
+        registry: where references are looked up.
+        options: what no file of a bare adapter says.
+        dialect: what a bare adapter is, where two could be meant.
+
     Raises:
+        InputError: options or a dialect are given for a package.
         LoraHubError: it is not there, not readable, or not to be trusted.
     """
     text = os.fspath(what)
     if not isinstance(what, str) or refs.is_path(text):
-        return _in_folder(settings.expanded(text))
+        return _in_folder(settings.expanded(text), options, dialect)
+    _refuse_said(text, options, dialect)
     from lora_hub.package.package import load_source
 
     fetched = fetch(text, registry)
@@ -80,11 +96,12 @@ def open_registry(registry: PathLike | None = None) -> "Registry":
     return registries.open_registry(location)
 
 
-def _in_folder(folder: Path) -> Found:
+def _in_folder(folder: Path, options: "ReadOptions | None", dialect: str | None) -> Found:
     if not os.path.exists(folder / MANIFEST_NAME):  # false, too, where we may not look
         from lora_hub.formats.detect import open_adapter
 
-        return Found(open_adapter(folder))
+        return Found(open_adapter(folder, options, dialect=dialect))
+    _refuse_said(str(folder), options, dialect)
     from lora_hub.package.package import check_complete, load_source, open_package
 
     package = open_package(folder)
@@ -95,3 +112,14 @@ def _in_folder(folder: Path) -> Found:
         package.digest,
         ("named by its path, so its signature was not asked for",),
     )
+
+
+def _refuse_said(where: str, options: "ReadOptions | None", dialect: str | None) -> None:
+    """Raise `InputError` where something is said of a package, which says all by itself."""
+    said = [options.scale_from, options.alpha, options.initial] if options else []
+    if dialect is not None or any(one is not None for one in said):
+        raise InputError(
+            "this is a package: its files leave nothing open",
+            where=where,
+            hint="leave out how to read it (the dialect, scale_from, alpha)",
+        )

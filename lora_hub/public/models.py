@@ -94,6 +94,7 @@ def merge(
     out: PathLike,
     *,
     dtype: str | None = None,
+    untie: bool = False,
     policy: "Policy | None" = None,
     registry: PathLike | None = None,
     note: Note = _silent,
@@ -107,16 +108,24 @@ def merge(
         out: a folder that does not exist yet; it appears when it is whole.
         dtype: bfloat16, float16, float32 or float64 for all floating-point tensors; as
             the base has them without.
+        untie: give a head that shares its tensor with the embedding one of its own, which
+            an adapter that changes only one of the two needs.
         policy: how strictly the base is compared; as each manifest says without.
         registry: where references are looked up.
         note: is told what a person should hear.
         progress: is told bytes written and bytes in all.
 
     Raises:
-        FitError: an adapter was not made for this base.
+        FitError: an adapter was not made for this base, or changes one use of a tensor
+            that the base uses twice.
+        ComposeError: what an adapter does cannot be merged.
         StoreError: `out` is taken or cannot be written.
     """
-    with _planned(base, adapters, dtype, policy, registry, note) as (view, parts, plan):
+    with _planned(base, adapters, policy, registry, note, dtype=dtype, untie=untie) as (
+        view,
+        parts,
+        plan,
+    ):
         return merging.execute(plan, view.checkpoint, parts, Path(out), progress=progress)
 
 
@@ -125,12 +134,17 @@ def merge_plan(
     adapters: Named,
     *,
     dtype: str | None = None,
+    untie: bool = False,
     policy: "Policy | None" = None,
     registry: PathLike | None = None,
     note: Note = _silent,
 ) -> MergePlan:
     """Return what `merge` would do, without writing anything; `str` of it is for people."""
-    with _planned(base, adapters, dtype, policy, registry, note) as (_, _, plan):
+    with _planned(base, adapters, policy, registry, note, dtype=dtype, untie=untie) as (
+        _,
+        _,
+        plan,
+    ):
         return plan
 
 
@@ -138,10 +152,12 @@ def merge_plan(
 def _planned(
     base: PathLike,
     adapters: Named,
-    dtype: str | None,
     policy: "Policy | None",
     registry: PathLike | None,
     note: Note,
+    *,
+    dtype: str | None,
+    untie: bool,
 ) -> Iterator[tuple[FolderBase, list[Part], MergePlan]]:
     pairs = adapters.items() if isinstance(adapters, Mapping) else adapters
     parts: list[Part] = []
@@ -158,7 +174,8 @@ def _planned(
             parts.append(
                 Part(found.source, float(weight), found.name, found.version, found.digest)
             )
-        yield view, parts, plan_merge(view.checkpoint, parts, dtype=dtype, base_root=root)
+        plan = plan_merge(view.checkpoint, parts, dtype=dtype, untie=untie, base_root=root)
+        yield view, parts, plan
 
 
 def _load(found: Found, note: Note) -> Adapter:

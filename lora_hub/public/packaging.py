@@ -15,6 +15,7 @@ from lora_hub.errors import InputError, TrustError
 from lora_hub.public.keys import read_key
 
 if TYPE_CHECKING:
+    from lora_hub.formats.dialect import ScaleFrom
     from lora_hub.manifest.document import BaseHint
     from lora_hub.package.pack import PackPlan
     from lora_hub.package.package import Package
@@ -53,12 +54,12 @@ def fingerprint(base: PathLike, *, tensors: bool = False) -> BaseFingerprint:
     """Return which base a checkpoint folder holds.
 
     Raises:
-        InputError: the folder is no checkpoint of safetensors files.
+        InputError: the folder is no checkpoint, and no pipeline, of safetensors files.
     """
-    from lora_hub.base.folder import FolderBase
+    from lora_hub.base.pipeline import open_base
     from lora_hub.base.view import root_of, struct_of
 
-    with FolderBase.open(Path(base), settings.cache_folder() / "bases") as view:
+    with open_base(Path(base), settings.cache_folder() / "bases") as view:
         root = root_of(view)
         assert root is not None  # None is for tensors asked in another dtype
         names = sorted(view.tensors) if tensors else ()
@@ -66,7 +67,7 @@ def fingerprint(base: PathLike, *, tensors: bool = False) -> BaseFingerprint:
             root=root,
             struct=struct_of(view),
             count=len(view.tensors),
-            size_bytes=sum(info.size_bytes for info in view.checkpoint.tensors.values()),
+            size_bytes=view.size_bytes,
             tensors={name: view.digest(name) or "" for name in names},
         )
 
@@ -85,8 +86,13 @@ def plan(
     hints: Sequence[str] = (),
     base_license: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    from_: str | None = None,
+    scale_from: "ScaleFrom | None" = None,
+    alpha: float | None = None,
+    initial: PathLike | None = None,
 ) -> "PackPlan":
     """Return the package that `pack` would write; see there."""
+    from lora_hub.formats.dialect import ReadOptions
     from lora_hub.manifest.document import Author
     from lora_hub.package.pack import plan_package
 
@@ -104,6 +110,12 @@ def plan(
         base_license=base_license,
         extra=extra,
         digest_cache=settings.cache_folder() / "bases",
+        options=ReadOptions(
+            scale_from=scale_from,
+            alpha=alpha,
+            initial=None if initial is None else Path(initial),
+        ),
+        dialect=_dialect(from_),
     )
 
 
@@ -111,11 +123,13 @@ def pack(src: PathLike, *, out: PathLike, **fields: Any) -> "Package":
     """Make the package folder `out` from an adapter folder and its base.
 
     Args:
-        src: a folder as PEFT saves it.
+        src: an adapter's folder, in any dialect that is read.
         out: a folder that does not exist yet.
         **fields: name, version, base, task and license, which every package has; summary,
             authors, languages, hints ("hub:name[@revision]"), base_license and extra
             (further fields of the manifest), which it may have. See `plan_package`.
+            What the files leave open: from_ (the dialect), scale_from and alpha as in
+            `convert`, initial (folder of the factors before training).
 
     Raises:
         InputError: something in the folder or the fields cannot be packed; the message
@@ -176,22 +190,31 @@ def verify(package: PathLike, key: PathLike | None = None) -> Signed:
     return Signed(opened.digest, signer.fingerprint, digests_of(opened))
 
 
-def validate(*paths: PathLike, waivers: PathLike | None = None) -> "tuple[Finding, ...]":
+def validate(
+    *paths: PathLike, waivers: PathLike | None = None, **how: Any
+) -> "tuple[Finding, ...]":
     """Return what is wrong with packages, adapter folders and registries; nothing is raised
     for what is found.
 
     Args:
         paths: each one of these, a folder of them, or a file in one.
         waivers: see `check`.
+        **how: from_, scale_from and alpha, see `check`.
 
     Raises:
         InputError: a path does not exist, or the waivers cannot be read.
     """
-    return tuple(one for each in check(*paths, waivers=waivers) for one in each.findings)
+    checked = check(*paths, waivers=waivers, **how)
+    return tuple(one for each in checked for one in each.findings)
 
 
 def check(
-    *paths: PathLike, waivers: PathLike | None = None, processes: int = 1
+    *paths: PathLike,
+    waivers: PathLike | None = None,
+    from_: str | None = None,
+    scale_from: "ScaleFrom | None" = None,
+    alpha: float | None = None,
+    processes: int = 1,
 ) -> "tuple[Checked, ...]":
     """Return what `validate` does, for each thing that was checked; the waivers' own
     findings come last.
@@ -200,13 +223,20 @@ def check(
         paths: see `validate`.
         waivers: a file as `validation/waivers.py` describes it; without it, the files
             `lorahub-waivers.toml` in the folders that hold the paths and what was checked.
+        from_: the dialect of bare adapter folders, where two could be meant.
+        scale_from: which number holds where an MLX config has both: "alpha", "scale".
+        alpha: the `lora_alpha` of loralib files.
         processes: how many share the work; see `validation/run.py`.
     """
+    from lora_hub.formats.dialect import ReadOptions
     from lora_hub.validation.run import check_all
     from lora_hub.validation.waivers import apply, beside, read_waivers
 
     given = [Path(path) for path in paths]
-    checked = check_all(given, processes=processes)
+    options = ReadOptions(scale_from=scale_from, alpha=alpha)
+    checked = check_all(
+        given, processes=processes, options=options, dialect=_dialect(from_)
+    )
     subjects = [Path(each.subject) for each in checked]
     files = beside([*given, *subjects]) if waivers is None else (Path(waivers),)
     decisions = [waiver for file in files for waiver in read_waivers(file)]
@@ -225,6 +255,14 @@ def fix(*paths: PathLike) -> tuple[str, ...]:
 
     folders = subjects([Path(path) for path in paths])
     return tuple(change for folder in folders for change in fix_folder(folder))
+
+
+def _dialect(name: str | None) -> str | None:
+    from lora_hub.formats.detect import DIALECTS
+
+    if name is not None and name not in DIALECTS:
+        raise InputError(f"{name!r} is no dialect", hint=f"dialects: {', '.join(DIALECTS)}")
+    return name
 
 
 def _hint(text: str) -> "BaseHint":

@@ -9,6 +9,7 @@ https://docs.sigstore.dev/about/bundle/.
 
 import base64
 import binascii
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -94,6 +95,8 @@ def build(envelope: Envelope) -> bytes:
     return canonical.encode(msgspec.to_builtins(bundle))
 
 
+# Who checks a package asks twice in a row: what is covered, then who signed it.
+@functools.lru_cache(maxsize=1)
 def parse(bundle: bytes, *, where: str = SIGNATURE_NAME) -> Envelope:
     """Return the parts of a bundle made with a key.
 

@@ -5,6 +5,7 @@ read too, as OpenSSF Model Signing allows these three and no others (Ed25519 is 
 among them).
 """
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -61,6 +62,8 @@ def private_key(pem: bytes, *, where: str = "private key") -> "PrivateKey":
     return key
 
 
+# Whoever looks at many packages meets the same few keys.
+@functools.lru_cache(maxsize=256)
 def public_key(pem: bytes, *, where: str = "public key") -> "PublicKey":
     """Return the public key in the PEM text (SubjectPublicKeyInfo).
 

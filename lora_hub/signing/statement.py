@@ -6,6 +6,7 @@ the specification's schema refuses them.
 Source: spec/v1.0.md section 6 of https://github.com/ossf/model-signing-spec.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def build(files: Mapping[str, str], *, subject: str) -> bytes:
     return canonical.encode(msgspec.to_builtins(document))
 
 
+# Who checks a package asks twice in a row: what is covered, then who signed it.
+@functools.lru_cache(maxsize=1)
 def parse(payload: bytes, *, where: str = SIGNATURE_NAME) -> Statement:
     """Return the statement in the bytes.
 

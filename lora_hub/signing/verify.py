@@ -4,6 +4,7 @@ The order matters: nothing in a bundle is believed before its signature is check
 key that came from elsewhere. A key inside the package counts for nothing.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +70,8 @@ def verify(
 def _signer(hint: str, public_keys: Sequence[bytes], where: str) -> Signer:
     trusted: dict[str, bytes] = {}
     for pem in public_keys:
-        key = keys.public_key(pem)
-        trusted[keys.hint(key)] = keys.public_pem(key)
+        own_hint, own_pem = _named(pem)
+        trusted[own_hint] = own_pem
     if not trusted:
         raise TrustError(
             f"signed with the key SHA256:{hint}, and no key is trusted for this package",
@@ -85,6 +86,13 @@ def _signer(hint: str, public_keys: Sequence[bytes], where: str) -> Signer:
             hint="compare the fingerprint with the one its publisher gives",
         )
     return Signer(hint, trusted[hint])
+
+
+@functools.lru_cache(maxsize=256)
+def _named(pem: bytes) -> tuple[str, bytes]:
+    """Return the hint and the one spelling of a public key."""
+    key = keys.public_key(pem)
+    return keys.hint(key), keys.public_pem(key)
 
 
 def _compare(

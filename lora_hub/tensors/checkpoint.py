@@ -1,8 +1,9 @@
 """A checkpoint folder as one table of tensors, however many files it is cut into.
 
-Either `model.safetensors`, or `model.safetensors.index.json` and the shards it names. The
-index is checked against the shards' own headers, so that what it says is what is there.
-Which model the tensors make is told by `base/`.
+Either `model.safetensors`, or `model.safetensors.index.json` and the shards it names;
+diffusers says `diffusion_pytorch_model` for `model`. The index is checked against the
+shards' own headers, so that what it says is what is there. Which model the tensors make is
+told by `base/`.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ from lora_hub.errors import DocumentError, InputError
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+STEM = "model"
+_INDEX = ".safetensors.index.json"
+SINGLE_NAME = f"{STEM}.safetensors"
+INDEX_NAME = f"{STEM}{_INDEX}"
 CONFIG_NAME = "config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -51,8 +54,12 @@ class Checkpoint:
     _home: Mapping[str, Shard] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, stem: str = STEM) -> Self:
         """Return the checkpoint in a folder.
+
+        Args:
+            folder: what holds the files.
+            stem: how the names of weights and index begin.
 
         Raises:
             InputError: the folder holds no safetensors checkpoint, only pickles, or a
@@ -62,8 +69,9 @@ class Checkpoint:
             TensorFileError: a shard is malformed.
         """
         # Where both are there, transformers takes the single file, and so do we.
-        index = None if _exists(folder / SINGLE_NAME) else _read_index(folder)
-        names = [SINGLE_NAME] if index is None else sorted(set(index.values()))
+        single, index_path = f"{stem}.safetensors", folder / f"{stem}{_INDEX}"
+        index = None if _exists(folder / single) else _read_index(index_path)
+        names = [single] if index is None else sorted(set(index.values()))
         config = (
             strict_json.read_object(folder / CONFIG_NAME)
             if _exists(folder / CONFIG_NAME)
@@ -75,7 +83,7 @@ class Checkpoint:
                 for name in names
             )
             if index is not None:
-                _check_index(index, shards, str(folder / INDEX_NAME))
+                _check_index(index, shards, str(index_path))
             opened.pop_all()
         if not any(shard.file.header.tensors for shard in shards):
             raise InputError("the checkpoint holds no tensors", where=str(folder))
@@ -128,11 +136,10 @@ def _exists(path: Path) -> bool:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, str]:
     """Return tensor name → file name of the folder's index."""
-    path = folder / INDEX_NAME
     if not _exists(path):
-        raise _no_checkpoint(folder)
+        raise _no_checkpoint(path.parent)
     where = str(path)
     document = strict_json.read_object(path, max_bytes=MAX_INDEX_BYTES)
     weight_map = document.get("weight_map")

@@ -129,6 +129,13 @@ class TensorFile:
         begin, end = self._range(name, start, stop)
         return self._bytes.read(begin, end)
 
+    def whole(self) -> memoryview:
+        """Return the bytes of all tensors; `begin` and `end` of each count from its start.
+
+        Nothing is copied of a file given by `from_bytes`. Errors as `read`.
+        """
+        return self._bytes.read(self.header.data_start, self.header.file_size)
+
     def read_into(self, name: str, start: int, buffer: bytearray | memoryview) -> None:
         """Fill the buffer with a tensor's bytes from `start` on; errors as `read`."""
         view = memoryview(buffer).cast("B")

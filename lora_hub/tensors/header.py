@@ -19,6 +19,7 @@ Source: https://github.com/huggingface/safetensors/blob/v0.8.0/README.md, "Forma
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from lora_hub import strict_json
@@ -35,7 +36,9 @@ MAX_ELEMENTS = 1 << 40  # 2 TiB in bf16; products stay far from 64 bits
 MAX_DIMENSIONS = 64  # what numpy and torch can hold
 MAX_NAME_CHARACTERS = 1024
 
+_TOO_LARGE = 1 << 63
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_parts = itemgetter("dtype", "shape", "data_offsets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,8 @@ def parse_header(
             f"the header names {len(value)} tensors, at most {limits.tensors} are read",
             where=where,
         )
-    tensors = [_tensor(name, entry, where) for name, entry in value.items()]
-    tensors.sort(key=lambda info: (info.begin, info.end))
+    tensors = _tensors(value, where)
+    tensors.sort(key=attrgetter("begin", "end"))
     _check_coverage(tensors, data_start, file_size, where)
     return Header({info.name: info for info in tensors}, metadata, data_start, file_size)
 
@@ -208,6 +211,41 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
     return value
 
 
+def _tensors(entries: Mapping[str, Any], where: str) -> list[TensorInfo]:
+    """Return what the entries of a header say, in their order.
+
+    A file has many tensors of few shapes: a shape that was looked at is known by its
+    numbers and their types (True == 1 == 1.0), and nothing of it is looked at again.
+    """
+    known: dict[tuple[Any, ...], tuple[tuple[int, ...], int]] = {}
+    found = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = _parts(entry)
+            key = (dtype, *shape, *map(type, shape))
+            numbers, size_bytes = known[key]
+            is_known = (
+                type(begin) is type(end) is int
+                and 0 <= begin <= end < _TOO_LARGE
+                and end - begin == size_bytes
+                and len(entry) == len(_FIELDS)
+                and 0 < len(name) <= MAX_NAME_CHARACTERS
+                and name.isprintable()
+            )
+        except (KeyError, TypeError, ValueError):
+            is_known = False
+        if is_known:
+            found.append(TensorInfo(name, dtype, numbers, begin, end))
+            continue
+        info = _tensor(name, entry, where)
+        known[(info.dtype, *info.shape, *map(type, info.shape))] = (
+            info.shape,
+            info.size_bytes,
+        )
+        found.append(info)
+    return found
+
+
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
     at = f"{where}: {_shown(name)}"
     _check_name(name, at)
@@ -265,7 +303,7 @@ def _numbers(value: Any, field: str, at: str) -> list[int]:
                 f"{field} holds {json.dumps(number)[:40]}, expected whole numbers from 0",
                 where=at,
             )
-        if number >= 1 << 63:
+        if number >= _TOO_LARGE:
             raise TensorFileError(f"{field} holds a number of 2**63 or more", where=at)
     return value
 

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lora_hub import canonical, strict_json
 from lora_hub.errors import DocumentError, InputError
 from lora_hub.manifest import codec
-from lora_hub.manifest.document import MAX_MANIFEST_BYTES, Manifest
+from lora_hub.manifest.document import Manifest
 from lora_hub.manifest.schema import manifest_schema
 from lora_hub.manifest.tasks import TASKS
 from lora_hub.package import spdx
@@ -23,9 +22,7 @@ _MAX_CHARACTERS = 200
 def check_bytes(data: bytes, where: str) -> tuple[Manifest | None, list[Finding]]:
     """Return the manifest, None where it cannot be used, and the findings."""
     try:
-        value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
-        codec.check_version(value, where)
-        is_canonical = canonical.encode(value, where=where) == data
+        value, is_canonical = codec.parse(data, where=where)
     except DocumentError as error:
         return None, [from_error("LH001", error, where)]
     found = []

@@ -54,6 +54,8 @@ def check_header(tensors: TensorFile) -> list[Finding]:
 
 def _check_family(tensors: TensorFile) -> list[Finding]:
     metadata = tensors.header.metadata
+    if not any(key in metadata for key in _SAYING):
+        return []
     held = next(
         (
             family

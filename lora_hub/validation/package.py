@@ -14,6 +14,7 @@ from lora_hub.registry.verify import check_signature
 from lora_hub.signing import envelope, policy, statement
 from lora_hub.signing.statement import SIGNATURE_NAME
 from lora_hub.validation.base_name import is_local
+from lora_hub.validation.code import CODE_NAME, check_code
 from lora_hub.validation.findings import Finding, finding, from_error
 from lora_hub.validation.manifest import check_bytes
 from lora_hub.validation.metadata import check_header
@@ -86,6 +87,8 @@ def _check_adapter(package: Package, contents: Mapping[str, bytes]) -> list[Find
     where = package.where
     card = contents.get(CARD_NAME, b"").decode(errors="ignore")
     about_card = check_text(card, f"{where}/{CARD_NAME}")
+    if CODE_NAME in contents:
+        about_card += check_code(contents[CODE_NAME], f"{where}/{CODE_NAME}")
     source, found = try_source(
         lambda: source_from_files(contents.__getitem__, contents, where=where), where
     )

@@ -245,4 +245,39 @@ RULES = {
         "a waiver that covers nothing will hide the next finding of its kind unseen",
         "remove it",
     ),
+    "LH062": Rule(
+        "every number is looked at",
+        "note",
+        "numbers narrower than 16 bits mean something only together with scales that lie "
+        "elsewhere: whether they are finite is not known",
+        "save the tensor in bfloat16, float16 or float32",
+    ),
+    "LH063": Rule(
+        "no weight that takes the base's place is zero throughout",
+        "warning",
+        "a layer whose weight is zero gives the same output for every input: it was saved "
+        "before it was trained, or gathered from the wrong process",
+        "save the adapter again; with ZeRO or FSDP, gather the weights first",
+    ),
+    "LH064": Rule(
+        "the weights hold what the config announces",
+        "warning",
+        "modules_to_save or bias name what was to be trained beside the factors, and "
+        "nothing of it is in the file: it may have been lost when the adapter was saved",
+        "save the adapter again with PEFT, or remove the entry",
+    ),
+    "LH080": Rule(
+        "no link leads out of the adapter's folder",
+        "error",
+        "a link that came with the folder can point at any file of yours, which is then "
+        "shown in a report or travels in a package",
+        "put the file itself in the link's place: cp --dereference",
+    ),
+    "LH081": Rule(
+        "no file names code that loaders are to run",
+        "error",
+        "transformers runs what auto_map names as soon as somebody trusts remote code; an "
+        "adapter needs none",
+        "remove the key, or the file if the base's own tokenizer serves",
+    ),
 }

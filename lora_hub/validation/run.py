@@ -5,13 +5,15 @@ registry, whose every published version is then checked as a package.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_hub import strict_json
+from lora_hub import links, strict_json
 from lora_hub.errors import DocumentError, InputError, LoraHubError
 from lora_hub.formats.detect import open_adapter
+from lora_hub.formats.dialect import ReadOptions
 from lora_hub.formats.peft import WEIGHTS_NAME
 from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
@@ -27,17 +29,26 @@ from lora_hub.validation.base_name import check_base
 from lora_hub.validation.findings import Checked, Finding, finding, from_error
 from lora_hub.validation.metadata import check_header
 from lora_hub.validation.package import check_package, try_source
+from lora_hub.validation.promises import check_promises
+from lora_hub.validation.sharing import shared
 from lora_hub.validation.subjects import subjects_of
 from lora_hub.validation.surroundings import check_surroundings
 from lora_hub.validation.texts import check_texts
 from lora_hub.validation.weights import check_numbers
 
-# Below this, checking small adapters takes less time than starting processes.
+# Below this, checking small adapters takes less time than starting processes does.
 MANY = 64
 
 
-def validate(path: Path) -> tuple[Finding, ...]:
+def validate(
+    path: Path, options: ReadOptions | None = None, dialect: str | None = None
+) -> tuple[Finding, ...]:
     """Return what is wrong with a package, an adapter's folder or a registry.
+
+    Args:
+        path: the folder.
+        options: what no file of a bare adapter says.
+        dialect: what a bare adapter is, where two could be meant.
 
     Raises:
         InputError: there is no such folder.
@@ -48,31 +59,34 @@ def validate(path: Path) -> tuple[Finding, ...]:
             where=str(path),
             hint="give the folder of a package, an adapter or a registry",
         )
-    check = next(check for is_kind, check in _KINDS if is_kind(path))
-    return tuple(check(path))
+    check = next((check for is_kind, check in _KINDS if is_kind(path)), None)
+    return tuple(check(path) if check else _check_adapter(path, options, dialect))
 
 
-def check_all(paths: Sequence[Path], *, processes: int = 1) -> tuple[Checked, ...]:
+def check_all(
+    paths: Sequence[Path],
+    *,
+    processes: int = 1,
+    options: ReadOptions | None = None,
+    dialect: str | None = None,
+) -> tuple[Checked, ...]:
     """Return what is wrong with everything at and below the paths, in their order.
 
     Args:
         paths: each may be a folder of adapters, packages and registries, or a file in one.
-        processes: how many share the work where it is much. They start a new interpreter,
-            so a script that asks for more than one guards its own start with `__main__`.
-            Threads gain nothing here: most of the time is the interpreter's own.
+        processes: how many share the work where it is much; see `sharing.py`.
+        options: what no file of a bare adapter says.
+        dialect: what bare adapters are, where two could be meant.
 
     Raises:
         InputError: a path does not exist.
     """
     folders = subjects(paths)
+    check = functools.partial(validate, options=options, dialect=dialect)
     if processes > 1 and len(folders) >= MANY:
-        import multiprocessing
-        from concurrent.futures import ProcessPoolExecutor
-
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(validate, folders, chunksize=MANY // 4))
+        found = shared(check, folders, processes)
     else:
-        found = [validate(folder) for folder in folders]
+        found = [check(folder) for folder in folders]
     return tuple(map(Checked, map(str, folders), found))
 
 
@@ -102,11 +116,17 @@ def _pinned_keys(namespace: str) -> tuple[bytes, ...]:
     return ()
 
 
-def _check_adapter(folder: Path) -> list[Finding]:
+def _check_adapter(
+    folder: Path, options: ReadOptions | None, dialect: str | None
+) -> list[Finding]:
     where = str(folder)
     found = check_surroundings(folder)
+    if any(links.leads_out(folder / name, folder) for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        return found  # what lies elsewhere is not read
     pointers = {one.where for one in found if one.rule == "LH013"}
     for path in sorted(folder.glob("*.safetensors")):
+        if links.leads_out(path, folder):
+            continue
         # What is wrong with a header is said where the adapter is read.
         with (
             contextlib.suppress(LoraHubError),
@@ -117,9 +137,12 @@ def _check_adapter(folder: Path) -> list[Finding]:
     found += check_texts(config, f"{where}/{CONFIG_NAME}")
     if pointers & {f"{where}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAME)}:
         return found  # there is nothing to read yet
-    source, why_not = try_source(lambda: open_adapter(folder), where)
+    source, why_not = try_source(
+        lambda: open_adapter(folder, options, dialect=dialect), where
+    )
     if source is not None:
         found += check_numbers(source)
+        found += check_promises(config, source, f"{where}/{CONFIG_NAME}")
     if "peft_type" in config or source is not None:
         at = f"{where}/{CONFIG_NAME}" if config else where
         found += check_base(
@@ -171,8 +194,8 @@ def _is_registry(folder: Path) -> bool:
     return str(config.get("schema", "")).startswith("lorahub.registry/")
 
 
+# What else a folder is, is an adapter.
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], list[Finding]]], ...] = (
     (lambda folder: (folder / MANIFEST_NAME).exists(), _check_package),
     (_is_registry, _check_registry),
-    (lambda folder: True, _check_adapter),
 )

@@ -145,7 +145,11 @@ ERRORS = {
     ),
     "a folder that is taken": (["pack", "@adapter", *packed(out="@full")], 6, "not empty"),
     "a pickle": (["pack", "@pickled", *packed()], 2, "training_args.bin"),
-    "a DoRA adapter": (["pack", "@dora", *packed()], 2, "use_dora"),
+    "a sum of a DoRA adapter": (
+        ["compose", "@dora=0.5", "--out", "@out"],
+        2,
+        "is a DoRA adapter, whose weighted sum needs the base's weight",
+    ),
     "a rank that lies": (["pack", "@liar", *packed()], 2, "rank"),
     "a Git LFS pointer": (["pack", "@pointer", *packed()], 2, "Git LFS pointer"),
     "a key that is not there": (

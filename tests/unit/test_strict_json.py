@@ -33,6 +33,8 @@ VALUES = st.recursive(
         (b'{"a":-Infinity}', "no JSON number"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"a":"\xff"}', "not UTF-8"),
+        (b'{"a":"\\ud800"}', "half of a surrogate pair"),
+        (b'{"\\uDC00\\ud800":1}', "half of a surrogate pair"),
         (b"[" * 100 + b"]" * 100, "levels deep"),
         (b'{"a":' * 100_000, "levels deep"),
         (b"1" * 10_000, "not JSON"),

@@ -10,10 +10,19 @@ from lora_hub.cli import options, terminal
 # As in `formats/detect.py`, which is not imported for a help text; a test compares them.
 DIALECTS = ["peft", "mlx", "kohya", "diffusers", "loralib", "gguf"]
 
+# As in `formats/engines/table.py`, likewise.
+ENGINES = ["vllm", "sglang", "llama.cpp", "lorax"]
+
 
 @click.command()
 @click.argument("src")
 @click.option("--to", required=True, type=click.Choice(DIALECTS), help="What to write.")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(ENGINES),
+    help="A serving engine, for which to say the adapter as it computes it.",
+)
 @click.option("--out", required=True, type=options.FOLDER, help="The folder to make.")
 @click.option(
     "--from",
@@ -24,7 +33,7 @@ DIALECTS = ["peft", "mlx", "kohya", "diffusers", "loralib", "gguf"]
 @click.option(
     "--base",
     type=options.FOLDER,
-    help="The folder of the base; kohya (to read) and gguf need its names.",
+    help="The folder of the base; kohya (to read), gguf and some engines need its names.",
 )
 @click.option(
     "--scale-from",
@@ -32,16 +41,29 @@ DIALECTS = ["peft", "mlx", "kohya", "diffusers", "loralib", "gguf"]
     help="Which number holds where an MLX config has both.",
 )
 @click.option("--alpha", type=float, help="The lora_alpha of a loralib file.")
+@click.option(
+    "--enable-lora",
+    metavar="FLAGS",
+    help="Which parts of a merged layer a loralib file adapts, q, k and v: 1,0,1.",
+)
+@click.option(
+    "--initial",
+    type=options.FOLDER,
+    help="The folder of the factors before training (PiSSA, OLoRA, CorDA).",
+)
 @options.registry
 @options.as_json
 def command(
     src: str,
     to: str,
+    engine: str | None,
     out: Path,
     dialect: str | None,
     base: Path | None,
     scale_from: Literal["alpha", "scale"] | None,
     alpha: float | None,
+    enable_lora: str | None,
+    initial: Path | None,
     registry: str | None,
     as_json: bool,
 ) -> None:
@@ -49,6 +71,7 @@ def command(
 
     SRC is a folder, one file of weights in it, or a reference. Numbers are moved and never
     changed; what a dialect cannot say is refused with the list, and nothing is written.
+    For an engine that knows one scaling, factors may take up a ratio; the error is told.
     """
     from lora_hub.public import converting
 
@@ -56,19 +79,30 @@ def command(
         src,
         to,
         out,
+        for_=engine,
         dialect=dialect,
         base=base,
         scale_from=scale_from,
         alpha=alpha,
+        enable_lora=None if enable_lora is None else _flags(enable_lora),
+        initial=initial,
         registry=registry,
     )
     if as_json:
         terminal.out_json(done)
         return
     terminal.out(f"read {src} as {done.dialect}: {'; '.join(done.evidence)}")
-    terminal.out(f"wrote {done.out} as {done.to}: {done.targets} targets")
+    reader = f" for {done.engine}" if done.engine else ""
+    terminal.out(f"wrote {done.out} as {done.to}{reader}: {done.targets} targets")
     terminal.table(
         [(f"  {name}", terminal.size(size)) for name, size in done.files.items()]
     )
     for note in done.notes:
         terminal.note(note)
+
+
+def _flags(text: str) -> tuple[bool, ...]:
+    words = text.split(",")
+    if not set(words) <= {"0", "1"}:
+        raise click.BadParameter("give 0 or 1 for each part, as in 1,0,1")
+    return tuple(word == "1" for word in words)

@@ -21,6 +21,11 @@ from lora_hub.cli import options, terminal
     help="Store floating-point tensors so.  [default: as the base has them]",
 )
 @click.option(
+    "--untie",
+    is_flag=True,
+    help="Give a head that shares its tensor with the embedding one of its own.",
+)
+@click.option(
     "--plan", "plan_only", is_flag=True, help="Print what would be done; write nothing."
 )
 @options.registry
@@ -30,6 +35,7 @@ def command(
     base: Path,
     out: Path | None,
     dtype: str | None,
+    untie: bool,
     plan_only: bool,
     registry: str | None,
     as_json: bool,
@@ -46,7 +52,12 @@ def command(
     parts = [grammar.parse_weighted(text) for text in refs]
     if plan_only:
         plan = models.merge_plan(
-            base, parts, dtype=dtype, registry=registry, note=terminal.note
+            base,
+            parts,
+            dtype=dtype,
+            untie=untie,
+            registry=registry,
+            note=terminal.note,
         )
         terminal.out_json(plan) if as_json else terminal.out(str(plan))
         return
@@ -58,6 +69,7 @@ def command(
             parts,
             out,
             dtype=dtype,
+            untie=untie,
             registry=registry,
             note=terminal.note,
             progress=step,

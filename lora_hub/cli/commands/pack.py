@@ -1,6 +1,7 @@
 """`lorahub pack`: an adapter folder and its base → a package."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -48,6 +49,12 @@ from lora_hub.cli import options, terminal
     metavar="FILE",
     help="A JSON object of further fields: training, evaluation, lineage, runtime, …",
 )
+@options.reading
+@click.option(
+    "--initial",
+    type=options.FOLDER,
+    help="The folder of the factors before training (PiSSA, OLoRA, CorDA).",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be packed; write nothing.")
 @options.as_json
 def command(
@@ -64,10 +71,14 @@ def command(
     hints: tuple[str, ...],
     base_license: str | None,
     extra: Path | None,
+    from_: str | None,
+    scale_from: Literal["alpha", "scale"] | None,
+    alpha: float | None,
+    initial: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a package from the adapter folder SRC.
+    """Make a package from the adapter folder SRC, in any dialect that is read.
 
     Every tensor is accounted for, the base is identified by its contents, and the same
     input gives the same bytes. SOURCE_DATE_EPOCH fixes the time of creation.
@@ -91,6 +102,10 @@ def command(
         hints=hints,
         base_license=base_license,
         extra=strict_json.read_object(extra) if extra else None,
+        from_=from_,
+        scale_from=scale_from,
+        alpha=alpha,
+        initial=initial,
     )
     if out is not None and not dry_run:
         write_package(plan, out)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -33,6 +34,7 @@ FOUND = 1
     metavar="FILE",
     help="Findings to live with. Default: lorahub-waivers.toml beside the paths.",
 )
+@options.reading
 @click.option(
     "--fix",
     is_flag=True,
@@ -43,6 +45,9 @@ def command(
     form: str,
     fail_on: Severity,
     waivers: Path | None,
+    from_: str | None,
+    scale_from: Literal["alpha", "scale"] | None,
+    alpha: float | None,
     fix: bool,
 ) -> int:
     """Check packages, adapter folders and registries at and below PATHS.
@@ -55,7 +60,14 @@ def command(
     if fix:
         for change in packaging.fix(*paths):
             terminal.talk(change)
-    checked = packaging.check(*paths, waivers=waivers, processes=os.cpu_count() or 1)
+    checked = packaging.check(
+        *paths,
+        waivers=waivers,
+        from_=from_,
+        scale_from=scale_from,
+        alpha=alpha,
+        processes=os.cpu_count() or 1,
+    )
     terminal.out(REPORTS[form](checked, fail_on))
     fails = any(one.fails(fail_on) for each in checked for one in each.findings)
     return FOUND if fails else 0

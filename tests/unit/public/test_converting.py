@@ -9,6 +9,7 @@ from lora_hub.cli.main import run
 from lora_hub.errors import FormatError, InputError, LossyConversion, StoreError
 from lora_hub.formats.detect import DIALECTS, open_adapter
 from lora_hub.formats.dialect import ReadOptions
+from lora_hub.formats.engines.table import ENGINES
 from lora_hub.public.converting import convert
 from tests import adapters, packages
 from tests.adapters import K0, Q0, TO_Q, part, source
@@ -127,6 +128,32 @@ def test_dialect_decides_where_a_config_of_another_lies_beside(mlx, tmp_path):
 
 def test_command_offers_the_dialects_of_the_table():
     assert list(DIALECTS) == command.DIALECTS
+
+
+def test_command_offers_the_engines_of_the_table():
+    assert list(ENGINES) == command.ENGINES
+
+
+def test_command_writes_for_an_engine_and_tells_the_error(tmp_path, capsys):
+    folder = tiny_adapter(tmp_path / "adapter", alpha_pattern={"v_proj": 9})
+    out = str(tmp_path / "out")
+
+    code = run(["convert", str(folder), "--to", "peft", "--for", "vllm", "--out", out])
+
+    said = capsys.readouterr()
+    assert code == 0
+    assert "as peft for vllm: 4 targets" in said.out
+    assert "were rounded once" in said.out + said.err
+
+
+def test_command_says_in_json_how_exact_it_is(tmp_path, capsys):
+    folder = tiny_adapter(tmp_path / "adapter", use_rslora=True)
+    arguments = ["--to", "peft", "--for", "sglang", "--out", str(tmp_path / "out")]
+
+    assert run(["convert", str(folder), *arguments, "--json"]) == 0
+
+    value = json.loads(capsys.readouterr().out)
+    assert (value["engine"], value["error"]) == ("sglang", 0.0)
 
 
 def test_command_says_what_it_read_and_wrote(mlx, tmp_path, capsys):
