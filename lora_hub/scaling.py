@@ -9,6 +9,15 @@ from typing import Literal
 
 ScalingRule = Literal["alpha/r", "alpha/sqrt(r)"]
 
+# Beyond this, an alpha is a mistake, and its square no float.
+_MAX_ALPHA = 1e150
+
+
+def is_alpha(value: float) -> bool:
+    """Return whether a number may be an alpha or a scale: finite, and at most 1e150."""
+    # Not math.isfinite, which fails for integers that no float holds. False for NaN.
+    return abs(value) <= _MAX_ALPHA
+
 
 def scaling(alpha: float, rank: int, rule: ScalingRule) -> float:
     """Return the scaling of an update with this alpha and rank (rank ≥ 1)."""

@@ -38,6 +38,16 @@ def tiny_model(
     return LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
 
 
+def tiny_gpt2() -> Any:
+    """Return a random GPT2LMHeadModel, whose layers store their weights as (in, out)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
 def tiny_base(
     folder: Path,
     *,

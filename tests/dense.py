@@ -47,7 +47,7 @@ def _path(name):
 
 
 def _replace(modules, tensors, config):
-    rows = config.get("trainable_token_indices")
+    rows = config.get("trainable_token_indices") or config.get("token_indices")
     for name, tensor in tensors.items():
         if _is_factor(name) or name.startswith("base_model.vera_"):
             continue
@@ -61,7 +61,8 @@ def _replace(modules, tensors, config):
             value = parameter.detach().clone()
             value[keep] = tensor.to(value.dtype)
         else:
-            module = modules[re.sub(r"\.(base_layer|modules_to_save)$", "", path)]
+            own = re.sub(r"\.base_layer$|\.modules_to_save(\.default)?(?=\.|$)", "", path)
+            module = modules[own]
             parameter = getattr(module, last)
             value = tensor.to(parameter.dtype)
         parameter.data.copy_(value)
@@ -168,19 +169,23 @@ def _lora(module, path, own, config):
 
 def _vera(module, own, shared):
     dtype = module.weight.dtype
-    out, inp = module.weight.shape
+    transposed = type(module).__name__ == "Conv1D"
+    out, inp = module.weight.T.shape if transposed else module.weight.shape
     a, b = (shared[f"base_model.vera_{x}"].to(dtype) for x in "AB")
     across, down = (own[f"vera_lambda_{x}"].to(dtype) for x in "bd")
-    module.weight.data += across[:, None] * (b[:out] @ (down[:, None] * a[:, :inp]))
+    change = across[:, None] * (b[:out] @ (down[:, None] * a[:, :inp]))
+    module.weight.data += change.T if transposed else change
 
 
 def _product(module, path, own, config):
     """LoHa: elementwise product of two products; LoKr: Kronecker product."""
     own = {name: tensor.to(module.weight.dtype) for name, tensor in own.items()}
     scale = config["alpha"] / config["r"]
+    weight = module.weight
     if "hada_w1_a" in own:
         left = own["hada_w1_a"] @ own["hada_w1_b"]
-        module.weight.data += scale * left * (own["hada_w2_a"] @ own["hada_w2_b"])
+        change = left * (own["hada_w2_a"] @ own["hada_w2_b"])
+        weight.data += scale * change.reshape(weight.shape)
         return
     one, two = (
         own[f"lokr_w{n}"]
@@ -188,7 +193,8 @@ def _product(module, path, own, config):
         else own[f"lokr_w{n}_a"] @ own[f"lokr_w{n}_b"]
         for n in "12"
     )
-    module.weight.data += scale * torch.kron(one, two)
+    one = one.reshape(*one.shape, *(1 for _ in range(two.dim() - 2)))
+    weight.data += scale * torch.kron(one, two).reshape(weight.shape)
 
 
 def _ungroup(module, groups):

@@ -20,7 +20,8 @@ from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.tensor_bytes import NAMES, to_bytes
 from lora_hub.adapter.update import Update
 from lora_hub.errors import FormatError
-from lora_hub.formats import peft, peft_config
+from lora_hub.formats import peft
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.formats.source import AdapterSource, Replacement, UpdateSource
 from lora_hub.scaling import ScalingRule, scaling
 from lora_hub.tensors.file import TensorFile
@@ -45,7 +46,7 @@ def save(adapter: Adapter, folder: Path, *, base_name: str | None = None) -> Non
     tensors = peft.tensors_for(source)
     specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     with atomic.new_folder(folder) as temporary:
-        atomic.replace(temporary / peft_config.CONFIG_NAME, [canonical.encode(config)])
+        atomic.replace(temporary / CONFIG_NAME, [canonical.encode(config)])
         write_tensors(
             temporary / peft.WEIGHTS_NAME,
             specs,

@@ -62,6 +62,9 @@ class FolderBase:
         """Return the digest of a tensor, see `BaseView.digest`.
 
         `name` may be a weight that the folder keeps in several tensors (`stored.py`).
+
+        Raises:
+            KeyError: the folder keeps none of this name; one asks `tensors` first.
         """
         place = stored(self.tensors, self.config, name)
         if place is None:

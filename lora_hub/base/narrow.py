@@ -7,11 +7,10 @@ payloads count.
 
 from typing import TYPE_CHECKING
 
+from lora_hub.tensors.arrays import NUMPY
+
 if TYPE_CHECKING:
     import numpy as np
-
-# How numpy spells the dtypes of `view.WIDER`; it has no bfloat16.
-_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 def narrow(data: memoryview, dtype: str, to: str) -> bytes | None:
@@ -24,14 +23,14 @@ def narrow(data: memoryview, dtype: str, to: str) -> bytes | None:
     """
     import numpy as np
 
-    wide = np.frombuffer(data, dtype=_NUMPY[dtype])
+    wide = np.frombuffer(data, dtype=NUMPY[dtype])
     if to != "BF16":
-        return _narrow(wide, _NUMPY[to])
+        return _narrow(wide, NUMPY[to])
     if dtype == "F64":
-        single = _narrow(wide, _NUMPY["F32"])
+        single = _narrow(wide, NUMPY["F32"])
         if single is None:
             return None
-        wide = np.frombuffer(single, dtype=_NUMPY["F32"])
+        wide = np.frombuffer(single, dtype=NUMPY["F32"])
     # bf16 is the upper half of a float32.
     halves = wide.view("<u2").reshape(-1, 2)
     return None if halves[:, 0].any() else halves[:, 1].tobytes()

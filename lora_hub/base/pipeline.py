@@ -13,7 +13,8 @@ from lora_hub import strict_json
 from lora_hub.base.folder import FolderBase
 from lora_hub.errors import InputError
 from lora_hub.manifest.document import BaseConfig
-from lora_hub.tensors.checkpoint import PICKLE_SUFFIXES, STEM
+from lora_hub.tensors.checkpoint import STEM
+from lora_hub.tensors.foreign import PICKLE_SUFFIXES
 
 INDEX_NAME = "model_index.json"
 

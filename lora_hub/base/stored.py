@@ -1,21 +1,23 @@
 """Under which names a base stores a weight that an adapter names.
 
 An adapter names what the running model has. A checkpoint may keep the same numbers under
-other names, in three ways that are exact:
+other names, in four ways that are exact:
 
     experts   transformers fuses the experts of a layer when it loads them; the file has
               each by itself, and their bytes one behind the other are the fused weight's
+    router    the layer of experts itself is called otherwise in memory than in files
     tied      one tensor serves as embedding and as head, and stands under one name
     prefix    a model saved without its head lacks the first part of every name, and the
               other way round
 
 Source: transformers 5.23.0, `conversion_mapping.py`, every entry made of MergeModulelist
-and Concatenate(dim=1) alone.
+and Concatenate(dim=1) alone, and the renaming of `block_sparse_moe` beside them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lora_hub.embeddings import HEADS, INPUTS, last_part
 from lora_hub.manifest.document import BaseConfig
 
 # name → dtype as safetensors spells it, and shape
@@ -28,13 +30,6 @@ _FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
-
-# Names, or ends of names, of the two uses of a tied tensor.
-_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
-_EMBEDDINGS = tuple(
-    f"{part}.weight"
-    for part in ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +68,8 @@ def _fused(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
     above, _, experts = module.rpartition(".")
     if experts != "experts":
         return None
-    # Mixtral and its kin call the layer otherwise in files than in memory.
-    in_files = f"{above.removesuffix('.mlp')}.block_sparse_moe"
     for kinds in _FUSED.get(last, ()):
-        for place in (f"{above}.experts", f"{in_files}.experts"):
+        for place in (f"{above}.experts", f"{_in_files(above)}.experts"):
             parts = _one_by_one(tensors, place, kinds)
             if len({tensors[part] for part in parts}) == 1:
                 dtype, shape = tensors[parts[0]]
@@ -85,6 +78,19 @@ def _fused(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
                     fused = (count, shape[0] * len(kinds), shape[1])
                     return Stored(parts, dtype, fused)
     return None
+
+
+def _in_files(layer: str) -> str:
+    """Return how Mixtral and its kin call a layer of experts (`….mlp`) in files."""
+    return f"{layer.removesuffix('.mlp')}.block_sparse_moe"
+
+
+def _router(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
+    layer = name.removesuffix(".gate.weight")
+    renamed = f"{_in_files(layer)}.gate.weight"
+    if not layer.endswith(".mlp") or renamed not in tensors:
+        return None
+    return Stored((renamed,), *tensors[renamed])
 
 
 def _one_by_one(tensors: Tensors, place: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,10 +107,16 @@ def _one_by_one(tensors: Tensors, place: str, kinds: tuple[str, ...]) -> tuple[s
 
 
 def _tied(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
-    if config.tie_word_embeddings is False or name not in _HEADS:
+    if config.tie_word_embeddings is False or _module(name) not in HEADS:
         return None
-    found = [one for one in tensors if one.endswith(_EMBEDDINGS)]
+    found = [one for one in tensors if last_part(_module(one)) in INPUTS]
     return Stored((found[0],), *tensors[found[0]]) if len(found) == 1 else None
+
+
+def _module(name: str) -> str:
+    """Return the module that a weight is of, "" for any other tensor."""
+    module, _, last = name.rpartition(".")
+    return module if last == "weight" else ""
 
 
 def _prefixed(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
@@ -119,6 +131,7 @@ def _prefixed(tensors: Tensors, config: BaseConfig, name: str) -> Stored | None:
 _WAYS: tuple[Callable[[Tensors, BaseConfig, str], Stored | None], ...] = (
     _as_named,
     _fused,
+    _router,
     _tied,
     _prefixed,
 )

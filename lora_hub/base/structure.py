@@ -12,20 +12,10 @@ from typing import Protocol
 from lora_hub.base.orientation import matrix_shape, stores_transposed, weight_shape
 from lora_hub.base.stored import Stored, stored
 from lora_hub.base.view import BaseView
+from lora_hub.embeddings import VOCABULARY, last_part
 from lora_hub.errors import FitError
 from lora_hub.manifest.document import BaseConfig, Layer
 from lora_hub.tensors.header import TensorInfo
-
-# Parts of the names of tensors that have a row for each token.
-_VOCABULARY = (
-    "embed_tokens",
-    "embed_in",
-    "embed_out",
-    "lm_head",
-    "shared",
-    "word_emb",
-    "wte",
-)
 
 
 class LowRank(Protocol):
@@ -118,6 +108,7 @@ def check_structure(source: Changes, view: BaseView) -> Structure:
         *(look.update(update) for update in source.updates),
         *(look.scales(scales) for scales in source.scales),
         *(look.replacement(replaced) for replaced in source.replacements),
+        *_partly_saved(source, view),
     )
     wrong = tuple(reason for reason in reasons if reason)
     new = tuple(one.name for one in source.replacements if one.name not in found)
@@ -151,6 +142,34 @@ def _names(source: Changes) -> Iterator[str]:
 
 def _bias(target: str) -> str:
     return f"{target}.bias"
+
+
+def _partly_saved(source: Changes, view: BaseView) -> Iterator[str]:
+    """Give a reason for each layer that was saved whole and of which the base knows better.
+
+    Whoever saves a layer whole saves its weight and its bias, and nothing that the base's
+    own layer of that name is without. What lies in a layer is new only with the layer.
+    """
+    names = {one.name for one in source.replacements}
+    for replaced in source.replacements:
+        if replaced.role != "modules_to_save" or replaced.rows is not None:
+            continue
+        module = replaced.name.rpartition(".")[0]
+        of_layer = {
+            name
+            for name in (f"{module}.weight", f"{module}.bias")
+            if stored(view.tensors, view.config, name) is not None
+        }
+        missing = sorted(of_layer - names)
+        if missing:
+            yield f"the adapter brings {replaced.name} anew and not {missing[0]}"
+        around = module.rpartition(".")[0]
+        for layer in (module.removesuffix(".weight").removesuffix(".bias"), module, around):
+            is_new = stored(view.tensors, view.config, replaced.name) is None
+            known = stored(view.tensors, view.config, f"{layer}.weight")
+            if layer and is_new and known is not None:
+                yield f"{replaced.name} does not exist, and {layer}.weight does"
+                break
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +265,7 @@ def same_shape(layer: Layer, shape: tuple[int, ...], wanted: tuple[int, ...]) ->
 
 def is_resized(name: str, shape: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """Return whether the two shapes of a tensor are of vocabularies of two sizes."""
-    is_vocabulary = any(part in name for part in _VOCABULARY)
+    is_vocabulary = last_part(name.rpartition(".")[0]) in VOCABULARY
     return is_vocabulary and shape[1:] == new[1:] and shape != new
 
 

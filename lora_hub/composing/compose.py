@@ -135,10 +135,16 @@ def _when(tokens: tuple[int, ...]) -> str:
 
 def _common_ties(parts: Sequence[Part]) -> bool:
     """Return whether changes of the input embedding are the output embedding's too."""
+    heads = {shape for adapter, _ in parts for shape in _heads(adapter)}
     concerned = [
         (_called(adapter, index), adapter.ties_weights)
         for index, (adapter, _) in enumerate(parts)
-        if adapter.replaced or any(u.layer == "embedding" for u in adapter.updates.values())
+        if adapter.replaced
+        or any(
+            update.layer == "embedding"
+            or (update.layer == "linear" and update.shape in heads)
+            for update in adapter.updates.values()
+        )
     ]
     tied = [name for name, ties in concerned if ties]
     loose = [name for name, ties in concerned if not ties]
@@ -149,6 +155,17 @@ def _common_ties(parts: Sequence[Part]) -> bool:
             hint="attach the adapters together, or merge them into the base together",
         )
     return bool(tied)
+
+
+def _heads(adapter: Adapter) -> set[tuple[int, ...]]:
+    """Return the shapes that an output embedding changed with the input embedding has.
+
+    Which layer that is, only the model knows: one of this shape may be it.
+    """
+    if not adapter.ties_weights:
+        return set()
+    embeddings = [each for each in adapter.updates.values() if each.layer == "embedding"]
+    return {update.shape[::-1] for update in embeddings}
 
 
 def _common_base(parts: Sequence[Part]) -> Base | None:

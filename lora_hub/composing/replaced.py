@@ -41,19 +41,27 @@ def _taken(name: str, parts: Sequence[Part]) -> Replaced:
             where=name,
             hint="attach the adapters together, or merge them into the base together",
         )
-    target = name.removesuffix(".weight")
     for adapter, _ in parts:
-        update = adapter.updates.get(target)
-        scales = update is not None and any(
-            each is not None for each in (update.p, update.q, update.magnitude)
-        )
-        if scales and name not in adapter.replaced:
+        if _scales(adapter, name) and name not in adapter.replaced:
             raise ComposeError(
-                "one adapter replaces the weight, another one scales the weight it had",
+                f"one adapter replaces the {name.rpartition('.')[2]}, another one scales "
+                f"the {name.rpartition('.')[2]} it had",
                 where=name,
                 hint="attach the adapters together, or merge them into the base together",
             )
     return first
+
+
+def _scales(adapter: Adapter, name: str) -> bool:
+    """Return whether an update of the adapter scales the tensor of this name."""
+    target, _, last = name.rpartition(".")
+    update = adapter.updates.get(target)
+    if update is None:
+        return False
+    if last == "bias":
+        return update.bias_scale is not None
+    held = update.p, update.q, update.magnitude
+    return last == "weight" and any(each is not None for each in held)
 
 
 def is_same(one: Replaced, other: Replaced) -> bool:

@@ -4,6 +4,7 @@ Read from the headers of the base's safetensors files; no tensor is read. A pipe
 diffusers saves it has a folder for each component, a checkpoint has its files at the top.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,17 @@ COMPONENTS = (
     "transformer",
     "transformer_2",
     "unet",
+)
+
+# Language models keep their layers in a `transformer` of their own: GPT-2, GPT-J, Falcon
+# and BLOOM (h), XLNet (layer), ChatGLM (encoder), MPT and DBRX (blocks), and what is around
+# them. diffusers' transformers have none of these: Wan's `blocks` hold attn1 and attn2.
+_OF_LANGUAGE = re.compile(
+    r"transformer\.(h|layer|encoder\.layers)\.\d+(\..+)?"
+    r"|transformer\.blocks\.\d+\.(attn|norm_1|norm_2|norm_attn_norm)(\..+)?"
+    r"|transformer\.blocks\.\d+\.ffn\.(up_proj|down_proj|gate_proj|router|experts)(\..+)?"
+    r"|transformer\.(wte|wpe|word_embeddings|word_embedding|word_embeddings_layernorm|ln_f"
+    r"|embedding|output_layer|mask_emb)(\..+)?"
 )
 
 _SUFFIX = ".weight"
@@ -49,6 +61,12 @@ def modules_of(base: Path) -> dict[str, Shapes]:
     return found
 
 
+def shape_at(modules: Mapping[str, Shapes], target: str) -> tuple[int, ...]:
+    """Return the shape of a target's weight as the base stores it, () where it has none."""
+    component, path = ("", target) if "" in modules else of_component(target)
+    return tuple(modules.get(component, {}).get(path, ()))
+
+
 def is_tied(base: Path) -> bool:
     """Return whether the output layer of a language model is its embedding.
 
@@ -76,9 +94,13 @@ def _modules(folder: Path) -> Shapes:
 
 
 def of_component(target: str) -> tuple[str, str]:
-    """Return the component and the path within it; ("", target) where there is none."""
+    """Return the component and the path within it; ("", target) where there is none.
+
+    `transformer.h.0.attn.c_attn` is a layer of GPT-2, which is in no pipeline.
+    """
     first, dot, rest = target.partition(".")
-    return (first, rest) if dot and first in COMPONENTS else ("", target)
+    is_component = dot and first in COMPONENTS and not _OF_LANGUAGE.fullmatch(target)
+    return (first, rest) if is_component else ("", target)
 
 
 def by_component(targets: Mapping[str, object]) -> dict[str, list[str]]:

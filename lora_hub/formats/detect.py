@@ -24,10 +24,14 @@ from lora_hub.formats import (
     peft_files,
 )
 from lora_hub.formats.dialect import Dialect, Given, Glance, ReadOptions
-from lora_hub.formats.files import CONFIG_NAME, WEIGHTS, Files, open_files
+from lora_hub.formats.files import (
+    CONFIG_NAME,
+    MAX_HEADERS_BYTES,
+    WEIGHTS,
+    Files,
+    open_files,
+)
 from lora_hub.formats.source import AdapterSource
-
-PICKLES = not_read.PICKLES
 
 # name → dialect
 DIALECTS: Mapping[str, Dialect] = {
@@ -216,13 +220,23 @@ def _by_weights(files: Files, known: list[Dialect]) -> Detected:
     readable = [dialect for dialect in known if dialect.claim_weights]
     if not names or not readable:
         raise not_read.without_config(files)
-    glances = [files.glance(name) for name in names]
-    claims = [
-        Detected(dialect, glance.name, (evidence,))
-        for glance in glances
-        for dialect in readable
-        if dialect.claim_weights and (evidence := dialect.claim_weights(glance))
-    ]
+    glances, claims, left = [], [], MAX_HEADERS_BYTES
+    for name in names:
+        if left < 0:
+            raise FormatError(
+                f"{len(names)} files of weights lie here, and not all are looked at: their "
+                "headers have more than 8 MiB",
+                where=files.where,
+                hint="give the file that is meant instead of the folder",
+            )
+        glance = files.glance(name)
+        left -= glance.header.data_start if glance.header else 0
+        glances.append(glance)
+        claims += [
+            Detected(dialect, name, (evidence,))
+            for dialect in readable
+            if dialect.claim_weights and (evidence := dialect.claim_weights(glance))
+        ]
     if len({found.weights_name for found in claims}) > 1:
         found_names = ", ".join(f"{c.weights_name!r} ({c.dialect.title})" for c in claims)
         raise FormatError(

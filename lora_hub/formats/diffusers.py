@@ -70,6 +70,7 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
     """
     where = given.weights_where
     tensors = TensorFile.from_bytes(given.weights, where=where)
+    diffusers_names.check_components(tensors.header.tensors, where)
     found = []
     others: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.header.tensors.items():

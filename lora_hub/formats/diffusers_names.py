@@ -10,7 +10,7 @@ Source: huggingface/diffusers 0023a2c, `utils/state_dict_utils.py`.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from lora_hub.errors import FormatError
 from lora_hub.formats import base_names, flux
@@ -62,6 +62,26 @@ def evidence(names: Collection[str]) -> str | None:
     if all(_is_of_flux(name) for name in names):
         return "every tensor is of a block of FLUX.1 in BFL's names (double_blocks.…)"
     return None
+
+
+def check_components(names: Iterable[str], where: str) -> None:
+    """Raise `FormatError` unless all names begin with a component, or none does.
+
+    Files from before there were several are of a U-Net; names that stand beside a
+    component's are of nothing that is known.
+    """
+    without, with_one = None, None
+    for name in names:
+        if base_names.of_component(name)[0]:
+            with_one = name
+        elif not _is_of_flux(name):
+            without = name
+    if without is not None and with_one is not None:
+        raise FormatError(
+            f"the tensor {without!r} begins with no component of a pipeline, and "
+            f"{with_one!r} does",
+            where=where,
+        )
 
 
 def parse(name: str, where: str) -> tuple[str, str]:

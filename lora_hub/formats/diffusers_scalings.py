@@ -16,7 +16,8 @@ from lora_hub.errors import FormatError
 from lora_hub.formats import base_names, factors, flux, peft_config, peft_targets
 from lora_hub.formats.factors import Factors
 from lora_hub.formats.matrices import Matrix
-from lora_hub.scaling import ScalingRule
+from lora_hub.formats.patterns import Budget
+from lora_hub.scaling import ScalingRule, is_alpha
 from lora_hub.tensors import arrays
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
@@ -50,12 +51,13 @@ def applied(
             f"the header holds {METADATA_KEY}, and the tensors hold alphas too", where=where
         )
     said: dict[str, tuple[float, ScalingRule]] = {}
+    budget = Budget()  # for all components: they are of one header
     for component, targets in base_names.by_component(parts).items():
         own = {target: parts[target] for target in targets}
         ranks = {target: part.rank for target, part in own.items()}
         if component in configs:
             at = f"{where}#/__metadata__/{METADATA_KEY}/{component}"
-            said |= _from_config(configs[component], ranks, at)
+            said |= _from_config(configs[component], ranks, at, budget)
             _check_kind(configs[component], own.values(), at)
         else:
             said |= _from_alphas(alphas, ranks, where)
@@ -66,7 +68,11 @@ def applied(
 
 
 def configs_of(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
-    """Return component → PEFT's config of it, from the header."""
+    """Return component → PEFT's config of it, from the header; {} where it has none.
+
+    Raises:
+        FormatError: a key is of no component, or a config is not one that is read.
+    """
     if METADATA_KEY not in metadata:
         return {}
     at = f"{where}#/__metadata__/{METADATA_KEY}"
@@ -85,17 +91,23 @@ def configs_of(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, A
 
 
 def _from_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], where: str
+    config: Mapping[str, Any], ranks: Mapping[str, int], where: str, budget: Budget
 ) -> dict[str, tuple[float, ScalingRule]]:
     """Return target → alpha and rule, as PEFT reads the config of one component."""
     keys = {target: base_names.of_component(target)[1] for target in ranks}
     paths = list(keys.values())
-    peft_targets.check_targets(config, paths, where)
+    peft_targets.check_targets(config, paths, where, budget=budget)
     stated = peft_targets.expand(
-        config, "rank_pattern", "r", peft_config.DEFAULT_RANK, paths, where
+        config, "rank_pattern", "r", peft_config.DEFAULT_RANK, paths, where, budget
     )
     alphas = peft_targets.expand(
-        config, "alpha_pattern", "lora_alpha", peft_config.DEFAULT_ALPHA, paths, where
+        config,
+        "alpha_pattern",
+        "lora_alpha",
+        peft_config.DEFAULT_ALPHA,
+        paths,
+        where,
+        budget,
     )
     rule: ScalingRule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     for target, rank in ranks.items():
@@ -138,6 +150,7 @@ def _from_alphas(
 
 
 def number(tensors: TensorFile, tensor: TensorInfo, where: str) -> float:
+    """Return the alpha in a tensor of one number; `FormatError` if it holds none."""
     stored: Matrix = factors.matrix(tensors, tensor)
     if math.prod(stored.shape) != 1 or stored.dtype not in arrays.FLOATS:
         raise FormatError(
@@ -146,7 +159,7 @@ def number(tensors: TensorFile, tensor: TensorInfo, where: str) -> float:
             where=where,
         )
     alpha = float(arrays.floats(stored.data, stored.dtype, (1,))[0])
-    if not factors.is_alpha(alpha):
+    if not is_alpha(alpha):
         problem = f"{tensor.name} is {alpha}, expected a finite number below 1e150"
         raise FormatError(problem, where=where)
     return alpha

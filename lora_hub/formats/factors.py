@@ -26,15 +26,6 @@ Chunks = tuple[bytes | memoryview, ...]
 _NAMED = 3
 
 
-# Beyond this, an alpha is a mistake, and its square no float.
-_MAX_ALPHA = 1e150
-
-
-def is_alpha(value: float) -> bool:
-    """Return whether a number may be an alpha or a scale: finite, and below 1e150."""
-    return abs(value) <= _MAX_ALPHA
-
-
 @dataclass(frozen=True, slots=True)
 class Factors:
     """One target's update: `scaling * b @ a`, and what belongs to it.

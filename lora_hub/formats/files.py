@@ -26,6 +26,10 @@ MAX_WEIGHTS_BYTES = 16 << 30
 # The largest config; the JSON reader has a limit of its own below this.
 _MAX_CONFIG_BYTES = 16 << 20
 
+# What is read of the headers of all files of weights in one folder: those of a hundred
+# adapters, as people keep them side by side.
+MAX_HEADERS_BYTES = 8 << 20
+
 # How deep adapters are looked for, to name them in a hint.
 _MAX_FOLDERS = 200
 
@@ -70,7 +74,8 @@ def open_files(path: Path) -> Files:
     where = str(path)
     chosen = None
     folder = path
-    if path.name.lower().endswith(WEIGHTS) and path.is_file():
+    # `os.path` answers no where it may not look; listing the folder then tells why.
+    if path.name.lower().endswith(WEIGHTS) and os.path.isfile(path):
         folder, chosen = path.parent, path.name
     try:
         names = frozenset(os.listdir(folder))
@@ -95,7 +100,7 @@ def open_files(path: Path) -> Files:
 def _inner(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
     """Return the folders in this one that look like an adapter's."""
     some = sorted(names)[:_MAX_FOLDERS]
-    return tuple(name for name in some if (folder / name / CONFIG_NAME).is_file())
+    return tuple(name for name in some if os.path.isfile(folder / name / CONFIG_NAME))
 
 
 def _glance(path: Path) -> Glance:

@@ -18,12 +18,13 @@ the scaling; for embeddings and experts `src/llama-graph.cpp` (`build_inp_embd`,
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from lora_hub import extras
 from lora_hub.errors import FormatError
-from lora_hub.formats import factors, gguf_base, gguf_file, layers, losses
+from lora_hub.formats import factors, fold, gguf_base, gguf_file, layers, losses
 from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
 from lora_hub.formats.factors import Factors
 from lora_hub.formats.gguf_base import Base
@@ -38,7 +39,6 @@ from lora_hub.formats.matrices import (
     zeros,
 )
 from lora_hub.formats.source import AdapterSource
-from lora_hub.tensors import arrays
 
 WEIGHTS_NAME = "adapter.gguf"
 MAGIC = b"GGUF"
@@ -68,7 +68,15 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
     fields, tensors = gguf_file.contents(library, given.weights, where)
     kinds = fields.get("general.type"), fields.get(library.Keys.Adapter.TYPE)
     if kinds != ("adapter", "lora"):
-        raise FormatError(f"is a GGUF of {kinds[0]!r}, {kinds[1]!r}, no LoRA", where=where)
+        # Files from before there was a general.type hold models.
+        kind = kinds[0] or "model"
+        said = f"an adapter of type {kinds[1]!r}" if kind == "adapter" else f"a {kind}"
+        raise FormatError(
+            f"is a GGUF of {said}, expected one of a LoRA adapter",
+            where=where,
+            hint="llama.cpp's convert_lora_to_gguf.py writes such; a base is given as a "
+            "folder of safetensors",
+        )
     if fields.get(library.Keys.Adapter.ALORA_INVOCATION_TOKENS):
         raise FormatError("acts only behind an invocation text (aLoRA)", where=where)
     alpha = _alpha(fields.get(library.Keys.Adapter.LORA_ALPHA, 0.0), where)
@@ -77,7 +85,7 @@ def read(given: Given, options: ReadOptions) -> AdapterSource:
             "names of llama.cpp are others than the base's, and its q and k have another "
             "order of rows: both need the base",
             where=where,
-            hint="give the folder of the base with `lorahub convert … --base`",
+            hint="give the folder of the base with --base",
         )
     base = gguf_base.describe(library, options.base)
     stated = fields.get("general.architecture")
@@ -110,7 +118,7 @@ def write(source: AdapterSource, base: Path | None = None) -> Written:
     if base is None:
         raise FormatError(
             "llama.cpp's names and its order of rows depend on the base",
-            hint="give the folder of the base with `lorahub convert … --base`",
+            hint="give the folder of the base with --base",
         )
     library = extras.require("gguf", extra="demo")
     known = gguf_base.describe(library, base)
@@ -301,21 +309,8 @@ def _fold(parts: Sequence[Factors]) -> tuple[float, dict[str, float]]:
 
 def _times(b: Matrix, ratio: float) -> Matrix | None:
     """Return b times a power of two, None where a number would leave its dtype's range."""
-    import numpy as np
-
-    values = arrays.floats(b.data, b.dtype, b.shape).astype("f8")
-    wanted = values * ratio
-    with np.errstate(over="ignore"):
-        narrow = wanted.astype("<f2" if b.dtype == "F16" else "<f4")
-    if b.dtype == "BF16":
-        whole = narrow.view("<u4")
-        if (whole & 0xFFFF).any():
-            return None
-        data = (whole >> 16).astype("<u2").tobytes()
-    else:
-        data = narrow.tobytes()
-    is_same = np.array_equal(narrow.astype("f8"), wanted, equal_nan=True)
-    return replace(b, data=data) if is_same else None
+    found = fold.times(b, Fraction(ratio))
+    return found[0] if found and not found[1] else None
 
 
 def _alpha(value: Any, where: str) -> float:

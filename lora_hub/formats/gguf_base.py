@@ -82,6 +82,12 @@ class Base:
 
 
 def describe(library: ModuleType, folder: Path) -> Base:
+    """Return what llama.cpp calls the layers of a base, from its `config.json`.
+
+    Raises:
+        FormatError: the architecture is not in the table, or the config is not complete.
+            DocumentError: there is none.
+    """
     path = folder / "config.json"
     config = strict_json.read_object(path)
     model_type = config.get("model_type")
@@ -149,6 +155,9 @@ def reordered(b: Matrix, heads: int, target: str, *, back: bool) -> Matrix:
 
     transformers turns the first half of a head against the second, llama.cpp turns
     neighbours: row (half, i) of a head becomes row (i, half).
+
+    Raises:
+        FormatError: the rows are no heads of even size.
     """
     import numpy as np
 

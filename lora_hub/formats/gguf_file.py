@@ -52,7 +52,9 @@ def contents(
                 tensors[tensor.name] = Matrix(dtype, shape, tensor.data.tobytes())
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise FormatError(
-                f"is no GGUF file that can be read: {error}", where=where
+                f"is no GGUF file that can be read: {error}",
+                where=where,
+                hint="the download or copy was cut off, or the file is of another version",
             ) from error
     return fields, tensors
 

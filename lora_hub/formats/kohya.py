@@ -21,6 +21,7 @@ from lora_hub.formats.factors import Factors
 from lora_hub.formats.matrices import Matrix
 from lora_hub.formats.products import MAX_BYTES
 from lora_hub.formats.source import AdapterSource
+from lora_hub.scaling import is_alpha
 from lora_hub.tensors import arrays
 from lora_hub.tensors.file import TensorFile
 
@@ -187,7 +188,7 @@ def _alpha(stored: Matrix, name: str, where: str) -> float:
     if whole:
         return float(np.frombuffer(stored.data, dtype=whole)[0])
     alpha = float(arrays.floats(stored.data, stored.dtype, (1,))[0])
-    if not factors.is_alpha(alpha):
+    if not is_alpha(alpha):
         problem = f"{name} is {alpha}, expected a finite number below 1e150"
         raise FormatError(problem, where=where)
     return alpha

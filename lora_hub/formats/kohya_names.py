@@ -58,7 +58,7 @@ def meanings(
             "names of sd-scripts have '_' in place of dots: only the base's list of "
             "modules tells what they mean",
             where=where,
-            hint="give the folder of the base with `lorahub convert … --base`",
+            hint="give the folder of the base with --base",
         )
     known = base_names.modules_of(base)
     meant = _mangled(known)

@@ -5,29 +5,12 @@
 
 import math
 
+from lora_hub.embeddings import EMBEDDINGS, last_part
 from lora_hub.errors import FormatError
 from lora_hub.formats.factors import Factors
 from lora_hub.formats.matrices import Matrix
 from lora_hub.manifest.document import Layer
 from lora_hub.tensors.arrays import FLOATS
-
-# Last parts of the names that models give to their embeddings. Their updates lie in files
-# under the names and shapes of a linear layer's and mean something else.
-_EMBEDDINGS = frozenset(
-    {
-        "embed_in",
-        "embed_positions",
-        "embed_tokens",
-        "position_embedding",
-        "position_embeddings",
-        "shared",
-        "tok_embeddings",
-        "token_embedding",
-        "word_embeddings",
-        "wpe",
-        "wte",
-    }
-)
 
 
 def layer_of(target: str, a: Matrix) -> Layer:
@@ -38,7 +21,7 @@ def layer_of(target: str, a: Matrix) -> Layer:
     """
     if len(a.shape) > 2:
         return "conv"
-    return "embedding" if target.rpartition(".")[2] in _EMBEDDINGS else "linear"
+    return "embedding" if last_part(target) in EMBEDDINGS else "linear"
 
 
 def check_factors(part: Factors, where: str) -> None:

@@ -29,6 +29,7 @@ from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
 from lora_hub.formats.factors import Factors
 from lora_hub.formats.matrices import Matrix, block_diagonal, of_raw
 from lora_hub.formats.source import AdapterSource
+from lora_hub.scaling import is_alpha
 from lora_hub.tensors.file import TensorFile
 
 if TYPE_CHECKING:
@@ -209,15 +210,19 @@ def _enabled(
     if options.enable_lora is not None:
         return options.enable_lora
     shape = shapes.get(target, ())
-    # GPT-2 stores the transpose.
-    if shape in {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}:
-        return (True,) * (a.shape[0] // b.shape[1])
+    groups = a.shape[0] // b.shape[1]
+    # GPT-2 stores the transpose. A layer that is not as wide as so many together is none
+    # of them in one: its factors have unlike ranks.
+    is_of_base = shape in {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}
+    if is_of_base and b.shape[0] == groups * a.shape[1]:
+        return (True,) * groups
     raise FormatError(
         f"{target}: lora_A has {a.shape[0]} rows and lora_B {b.shape[1]} columns, as of a "
         "MergedLinear (q, k and v in one layer); which of them are adapted (enable_lora) "
         "is in no file",
         where=where,
-        hint="where all are, give the folder of the base: its shapes tell",
+        hint="where all are, give the folder of the base with --base: its shapes may tell; "
+        "else say which with --enable-lora",
     )
 
 
@@ -230,8 +235,8 @@ def _alpha(options: ReadOptions, where: str) -> float:
         raise FormatError(
             "loralib keeps no scaling in the file",
             where=where,
-            hint="say the lora_alpha of the layers with `lorahub convert … --alpha`",
+            hint="say the lora_alpha of the layers with --alpha",
         )
-    if not factors.is_alpha(options.alpha):
+    if not is_alpha(options.alpha):
         raise FormatError(f"alpha is {options.alpha}, expected a finite number below 1e150")
     return options.alpha

@@ -27,6 +27,7 @@ from lora_hub.errors import FormatError
 from lora_hub.formats import base_names, factors, layers, losses
 from lora_hub.formats.dialect import Given, Glance, ReadOptions, Written
 from lora_hub.formats.factors import Factors
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.formats.matrices import Matrix, join_experts, split_experts
 from lora_hub.formats.mlx_config import (
     LAYER,
@@ -39,7 +40,6 @@ from lora_hub.scaling import spell
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapters.safetensors"
 SAYS = frozenset({"alpha64", "dora", "embeddings", "experts", "language", "rslora", "ties"})
 
@@ -53,7 +53,9 @@ _TOP = frozenset({"lm_head", _EMBEDDING})
 
 
 def claim_config(config: Mapping[str, Any]) -> str | None:
-    keys = [key for key in ("fine_tune_type", "lora_parameters") if key in config]
+    keys = [
+        key for key in ("fine_tune_type", "lora_parameters", "lora_layers") if key in config
+    ]
     return f"{CONFIG_NAME} names {' and '.join(keys)}" if keys else None
 
 

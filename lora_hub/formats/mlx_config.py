@@ -16,6 +16,7 @@ from typing import Any
 from lora_hub.errors import FormatError
 from lora_hub.formats import factors
 from lora_hub.formats.dialect import ScaleFrom
+from lora_hub.scaling import is_alpha
 
 # The default of `scale` in the versions that multiplied by alpha too.
 _OLD_SCALE = 10.0
@@ -25,10 +26,9 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 def check_config(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        named = {"full": "whole weights"}
+        named = "whole weights" if kind == "full" else "unknown"
         raise FormatError(
-            f"fine_tune_type is {kind!r} ({named.get(kind, 'unknown')}), which is not read "
-            "yet",
+            f"fine_tune_type is {kind!r} ({named}), which is not read yet",
             where=where,
         )
 
@@ -66,12 +66,14 @@ def check_layers(config: Mapping[str, Any], targets: Iterable[str], where: str) 
     """
     matches = {target: LAYER.fullmatch(target) for target in targets}
     layers = [int(match[1]) for match in matches.values() if match]
-    count = config.get("num_layers")
+    # Until 2024-09 it was called lora_layers.
+    key = "num_layers" if "num_layers" in config else "lora_layers"
+    count = config.get(key)
     if isinstance(count, int) and count > 0 and layers:
         reach = max(layers) - min(layers) + 1
         if reach > count:
             raise FormatError(
-                f"num_layers is {count}, and the weights reach over {reach} layers: "
+                f"{key} is {count}, and the weights reach over {reach} layers: "
                 "MLX-LM would drop some in silence",
                 where=where,
             )
@@ -88,10 +90,24 @@ def check_layers(config: Mapping[str, Any], targets: Iterable[str], where: str) 
 def parameters(
     config: Mapping[str, Any], scale_from: ScaleFrom | None, where: str
 ) -> tuple[int, float]:
-    """Return rank, and what multiplies `b @ a`."""
+    """Return rank, and what multiplies `b @ a`.
+
+    Args:
+        config: the object in `adapter_config.json`.
+        scale_from: which number holds where the config has an alpha and a scale.
+        where: the config, for messages.
+
+    Raises:
+        FormatError: it does not say one of them, or both in two ways.
+    """
     stated = config.get("lora_parameters")
     if not isinstance(stated, Mapping):
-        raise FormatError("lora_parameters is missing or is no object", where=where)
+        raise FormatError(
+            "lora_parameters is missing or is no object: nothing says rank and scale",
+            where=where,
+            hint="versions that wrote none kept them in their program: add "
+            '"lora_parameters": {"rank": …, "scale": …} as it was trained',
+        )
     where = f"{where}#/lora_parameters"
     rank = stated.get("rank")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -110,7 +126,7 @@ def parameters(
             f"({direct}), its first versions by scale · alpha/rank ({old:g}), and nothing "
             "here says which of them trained this",
             where=where,
-            hint="say which with `lorahub convert … --scale-from scale` or `alpha`",
+            hint="say which with --scale-from scale, or --scale-from alpha",
         )
     if scale_from == "alpha":
         return rank, (_OLD_SCALE if scale is None else scale) * (alpha / rank)
@@ -129,7 +145,7 @@ def _number(stated: Mapping[str, Any], key: str, where: str) -> float | None:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not factors.is_alpha(number):
+    if not is_alpha(number):
         problem = f"{key} is {value!r}, expected a finite number below 1e150"
         raise FormatError(problem, where=where)
     return number

@@ -11,9 +11,12 @@ from typing import Any
 from lora_hub.errors import FormatError
 from lora_hub.formats.dialect import Dialect, Glance
 from lora_hub.formats.files import CONFIG_NAME, WEIGHTS, Files
+from lora_hub.tensors.foreign import PICKLE_SUFFIXES
 
-# Unpickling runs code of the file's author.
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# Several files in one: what lies in them is not looked at.
+_ARCHIVES = (".7z", ".gz", ".npz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$", re.IGNORECASE)
 
 _HINT = "give a folder saved by PEFT: adapter_config.json, adapter_model.safetensors"
 
@@ -53,6 +56,10 @@ _NAMES = (
         "of prompt or prefix tuning: trained tokens, which change no weight",
     ),
     (
+        re.compile(r"(?!.*lora).+\.(weight|bias)"),
+        "of a whole model, no factor among them: a base is given beside an adapter",
+    ),
+    (
         re.compile(r"[^.]+"),
         "home-made, without paths of modules: only their author knows what each changes",
     ),
@@ -66,7 +73,7 @@ def ambiguous(claims: Sequence[tuple[Dialect, str]], where: str) -> FormatError:
     return FormatError(
         f"can be read as {readings}",
         where=where,
-        hint=f"say which with `lorahub convert … --from`: {names}",
+        hint=f"say which with --from: {names}",
     )
 
 
@@ -94,7 +101,7 @@ def unclaimed(
 
 def without_config(files: Files) -> FormatError:
     """Return what to raise where there is no config, and no file that speaks for itself."""
-    weights, pickles = having(files.names, *WEIGHTS), having(files.names, *PICKLES)
+    weights, pickles = having(files.names, *WEIGHTS), having(files.names, *PICKLE_SUFFIXES)
     said = f"there is no {CONFIG_NAME}: no adapter is here"
     if weights:
         said = (
@@ -106,18 +113,28 @@ def without_config(files: Files) -> FormatError:
             f"there is no {CONFIG_NAME}, and {pickles[0]!r} is a pickle, which is never "
             "read"
         )
+    elif archives := having(files.names, *_ARCHIVES):
+        said = (
+            f"there is no {CONFIG_NAME}, and {archives[0]!r} is an archive, which is never "
+            "opened"
+        )
+        return FormatError(
+            said, where=files.where, hint=_inner(files) or _unpacking(archives[0])
+        )
     return FormatError(said, where=files.where, hint=_inner(files) or _HINT)
 
 
 def without_weights(dialect: Dialect, files: Files) -> FormatError:
     """Return what to raise where there is a config and not the file beside it."""
-    weights, pickles = having(files.names, ".safetensors"), having(files.names, *PICKLES)
+    weights, pickles = (
+        having(files.names, ".safetensors"),
+        having(files.names, *PICKLE_SUFFIXES),
+    )
     if weights:
         return FormatError(
             f"there is no {dialect.weights_name}; found {', '.join(map(repr, weights))}",
             where=files.where,
-            hint=f"if that is the adapter's file, rename it to {dialect.weights_name}, or "
-            "give `lorahub convert` the file itself",
+            hint=_renaming(weights, dialect),
         )
     if pickles:
         return FormatError(
@@ -125,9 +142,34 @@ def without_weights(dialect: Dialect, files: Files) -> FormatError:
             where=files.where,
             hint="load it where you trust it and save it again with PEFT 0.18 or later",
         )
+    archives = having(files.names, *_ARCHIVES)
+    if archives:
+        return FormatError(
+            f"there is no {dialect.weights_name}, and {archives[0]!r} is an archive, which "
+            "is never opened",
+            where=files.where,
+            hint=_unpacking(archives[0]),
+        )
     return FormatError(
-        f"there is no {dialect.weights_name}", where=files.where, hint=_inner(files)
+        f"there is no {dialect.weights_name}",
+        where=files.where,
+        hint=_inner(files) or "the download or the training ended before it was written",
     )
+
+
+def _renaming(weights: Sequence[str], dialect: Dialect) -> str:
+    if any(_SHARD.search(name) for name in weights):
+        return f"the adapter is in parts: save it in one {dialect.weights_name}"
+    return (
+        f"if that is the adapter's file, rename it to {dialect.weights_name}, or give "
+        "`lorahub convert` or `inspect` the file itself"
+    )
+
+
+def _unpacking(name: str) -> str:
+    if name.lower().endswith(".npz"):
+        return "save it as safetensors: mx.save_safetensors of what mx.load gives"
+    return "unpack it where you trust it, and give the folder"
 
 
 def foreign_config(config: Mapping[str, Any], where: str) -> FormatError:

@@ -18,7 +18,7 @@ from lora_hub.errors import FormatError
 # A second or two. A pattern of sixty characters takes about 200 for a module's name.
 STEPS = 4_000_000
 # What compiling a pattern costs in steps of 0.3 µs, and each of its characters: measured.
-_COMPILING, _READING = 500, 12
+COMPILING, _READING = 500, 12
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 50
 
@@ -78,7 +78,7 @@ class Pattern:
         self._text = expression if text is None else text
         self._where = where
         self._whole = whole
-        self._spend(_COMPILING + _READING * min(len(expression), MAX_CHARACTERS))
+        self._spend(COMPILING + _READING * min(len(expression), MAX_CHARACTERS))
         self._plain, self._root = _compile(expression, self._text, where)
 
     def is_match(self, name: str) -> bool:

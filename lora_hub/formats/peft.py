@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_hub.errors import FormatError
+from lora_hub.formats.files import CONFIG_NAME
+from lora_hub.formats.patterns import Budget
 from lora_hub.formats.peft_build import build_config
 from lora_hub.formats.peft_config import (
-    CONFIG_NAME,
     DEFAULT_ALPHA,
     DEFAULT_RANK,
     check_config,
@@ -30,7 +31,7 @@ from lora_hub.formats.peft_sayable import losses_of
 from lora_hub.formats.peft_shapes import make_update
 from lora_hub.formats.peft_targets import check_targets, expand
 from lora_hub.formats.peft_tensors import WEIGHTS_NAME, Named, sort_out
-from lora_hub.formats.peft_ties import check_replaced, tied_targets
+from lora_hub.formats.peft_ties import check_replaced, is_held, tied_targets, ties
 from lora_hub.formats.peft_write import config_for, tensor_names, tensors_for
 from lora_hub.formats.source import AdapterSource, UpdateSource
 from lora_hub.scaling import ScalingRule
@@ -72,15 +73,16 @@ def read_peft(
         check_start(config, config_where)
     named = sort_out(tensors.header.tensors, weights_where)
     replaced = read_replaced(config, named, tensors, weights_where, config_where)
-    updates = _updates(config, named, weights_where, config_where)
-    ties = bool(config.get("ensure_weight_tying"))
-    again = tied_targets(updates, tensors, weights_where) if ties else frozenset()
+    budget = Budget()
+    updates = _updates(config, named, weights_where, config_where, budget)
+    is_tied = ties(config, config_where, budget) and is_held(updates, replaced)
+    again = tied_targets(updates, tensors, weights_where) if is_tied else frozenset()
     if again:
         updates = [update for update in updates if update.target not in again]
         replaced = tuple(
             each for each in replaced if each.name.rpartition(".")[0] not in again
         )
-    if ties:
+    if is_tied:
         check_replaced(replaced, tensors, weights_where)
     modules = [named.keys[u.target] for u in updates if u.layer != "experts"]
     saved = [
@@ -88,7 +90,7 @@ def read_peft(
         for each in replaced
         if each.role == "modules_to_save"
     ]
-    check_targets(config, modules, config_where, saved)
+    check_targets(config, modules, config_where, saved, budget)
     _check_flags(config, updates, weights_where)
     source = AdapterSource(
         updates=tuple(updates),
@@ -98,7 +100,7 @@ def read_peft(
         task_type=config.get("task_type"),
         replacements=replaced,
         alora_tokens=tuple(config.get("alora_invocation_tokens") or ()),
-        ties_weights=ties,
+        ties_weights=is_tied,
     )
     for loss in losses_of(source):
         # PEFT itself makes no such thing, or applies another one than it says.
@@ -107,18 +109,22 @@ def read_peft(
 
 
 def _updates(
-    config: Mapping[str, Any], named: Named, where: str, config_where: str
+    config: Mapping[str, Any],
+    named: Named,
+    where: str,
+    config_where: str,
+    budget: Budget,
 ) -> list[UpdateSource]:
     """Return the updates in order of their targets."""
-    parameters = find_parameters(config, named, where, config_where)
+    parameters = find_parameters(config, named, where, config_where, budget)
     targets, keys = {}, {}
     for place, parts in named.updates.items():
         last = f".{parameters[place]}" if place in parameters else ""
         targets[place], keys[place] = place[0] + last, parts.key + last
     names = list(keys.values())
-    ranks = expand(config, "rank_pattern", "r", DEFAULT_RANK, names, config_where)
+    ranks = expand(config, "rank_pattern", "r", DEFAULT_RANK, names, config_where, budget)
     alphas = expand(
-        config, "alpha_pattern", "lora_alpha", DEFAULT_ALPHA, names, config_where
+        config, "alpha_pattern", "lora_alpha", DEFAULT_ALPHA, names, config_where, budget
     )
     rule: ScalingRule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     return [

@@ -12,11 +12,7 @@ from typing import Any
 
 from lora_hub.errors import FormatError
 from lora_hub.formats import peft_types
-
-CONFIG_NAME = "adapter_config.json"
-
-# Beyond this, alpha is a mistake, and its square no float.
-_MAX_NUMBER = 1e150
+from lora_hub.scaling import is_alpha
 
 # A rank of 8 and an alpha of 8 are what PEFT takes where the config is silent.
 DEFAULT_RANK = 8
@@ -187,10 +183,7 @@ def _is_neutral(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        # Not math.isfinite, which fails for integers that no float holds.
-        and abs(value) <= _MAX_NUMBER
+        isinstance(value, (int, float)) and not isinstance(value, bool) and is_alpha(value)
     )
 
 

@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_hub.errors import FormatError
-from lora_hub.formats.peft_targets import check_parameters, module_matcher, parameters_at
+from lora_hub.formats.patterns import Budget
+from lora_hub.formats.peft_targets import check_parameters, module_matcher, parameters_of
 from lora_hub.formats.peft_tensors import WRAPPED, Named
 
 # Parameters of one module in the order in which it defines them.
@@ -36,7 +37,11 @@ def in_order(parameters: Collection[str]) -> tuple[str, ...] | None:
 
 
 def find_parameters(
-    config: Mapping[str, Any], named: Named, where: str, config_where: str
+    config: Mapping[str, Any],
+    named: Named,
+    where: str,
+    config_where: str,
+    budget: Budget | None = None,
 ) -> dict[tuple[str, int], str]:
     """Return (path of the module, depth) → its parameter, for modules that have one.
 
@@ -47,11 +52,12 @@ def find_parameters(
     depths: dict[str, list[int]] = {}
     for module, depth in named.updates:
         depths.setdefault(module, []).append(depth)
-    is_listed = module_matcher(config, config_where)
+    is_listed = module_matcher(config, config_where, budget)
+    parameters_at = parameters_of(config)
     found: dict[tuple[str, int], str] = {}
     for module, held in sorted(depths.items()):
         key = named.keys[module]
-        sure, bare = parameters_at(config, key)
+        sure, bare = parameters_at(key)
         if held == [0] and named.updates[module, 0].is_embedding:
             continue
         # PEFT takes the parameters of no module that it has taken already.

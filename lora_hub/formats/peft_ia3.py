@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_hub.errors import FormatError
-from lora_hub.formats.patterns import Budget, Pattern
+from lora_hub.formats.patterns import Pattern
 from lora_hub.formats.peft_methods import Held, Method, is_names, labels, open_method
 from lora_hub.formats.source import AdapterSource, ScaleSource
 from lora_hub.tensors.arrays import FLOATS
@@ -66,7 +66,7 @@ def _matcher(chosen: Any, method: Method) -> Callable[[str], bool] | None:
         return None
     if isinstance(chosen, str):
         where = f"{method.config_where}#/feedforward_modules"
-        return Pattern(chosen, where=where, budget=Budget(), whole=True).is_match
+        return Pattern(chosen, where=where, budget=method.budget, whole=True).is_match
     # PEFT compares plain endings here, not whole dotted parts.
     return lambda key: key.endswith(tuple(chosen))
 

@@ -20,9 +20,9 @@ from typing import Any
 from lora_hub.errors import FormatError
 from lora_hub.formats import peft
 from lora_hub.formats.computed import exact_alpha, in_memory
-from lora_hub.formats.files import open_files
+from lora_hub.formats.files import CONFIG_NAME, open_files
 from lora_hub.formats.matrices import Matrix, of_raw, stacked
-from lora_hub.formats.peft_config import CONFIG_NAME, is_undoable
+from lora_hub.formats.peft_config import is_undoable
 from lora_hub.formats.source import AdapterSource, Replacement, UpdateSource
 from lora_hub.tensors.dtypes import BITS
 from lora_hub.tensors.file import TensorFile

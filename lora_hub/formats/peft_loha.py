@@ -2,13 +2,18 @@
 
     Δ = scaling * (w1_a @ w1_b) * (w2_a @ w2_b)
 
+A convolution's kernel lies flat among the inputs, and no file of LoHa says its axes: the
+base does. Without a base such a target is read as a linear layer of in · kernel inputs.
+
 Sources: Hyeon-Woo et al. 2022, arXiv:2108.06098; PEFT 0.21.2, `tuners/loha/layer.py`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_hub.formats.base_names import modules_of, shape_at
 from lora_hub.formats.computed import Computed, source_of
 from lora_hub.formats.peft_methods import Held, Method, check_patterns, open_method
 from lora_hub.formats.peft_targets import expand
@@ -29,8 +34,9 @@ def read_loha(
     """Return the adapter in PEFT's files; see `peft_types.Reader`.
 
     Raises:
-        FormatError: config and tensors disagree, a convolution is decomposed by Tucker,
-            or r² is above what the layer's shape can hold.
+        FormatError: config and tensors disagree, or disagree with the base, a convolution
+            is decomposed by Tucker, or r² is above what the layer's shape can hold.
+        InputError: the base cannot be read.
     """
     method = open_method(
         config,
@@ -42,10 +48,16 @@ def read_loha(
     )
     ranks, alphas = rank_and_alpha(method)
     check_size([_shape(method, held, ranks[held.key]) for held in method.held], where)
+    modules = {} if base is None else modules_of(base)
     return source_of(
         method,
         [
-            _computed(method, held, alphas[held.key] / ranks[held.key])
+            _computed(
+                method,
+                held,
+                alphas[held.key] / ranks[held.key],
+                shape_at(modules, held.target)[1:],
+            )
             for held in method.held
         ],
     )
@@ -54,7 +66,7 @@ def read_loha(
 def rank_and_alpha(method: Method) -> tuple[dict[str, int], dict[str, float]]:
     """Return key → rank and key → alpha, patterns expanded as PEFT does."""
     check_patterns(method.config, method.config_where)
-    found = (method.keys, method.config_where)
+    found = (method.keys, method.config_where, method.budget)
     return (
         expand(method.config, "rank_pattern", "r", 8, *found),
         expand(method.config, "alpha_pattern", "alpha", 8, *found),
@@ -92,7 +104,19 @@ def _shape(method: Method, held: Held, rank: int) -> tuple[int, int, int]:
     return out, inp, rank * rank
 
 
-def _computed(method: Method, held: Held, scaling: float) -> Computed:
+def _computed(
+    method: Method, held: Held, scaling: float, inputs: tuple[int, ...]
+) -> Computed:
+    """Return the factors; `inputs` is what follows the outputs in the base's weight."""
     b1, a1, b2, a2 = (method.array(held.tensors[name]) for name in _NAMES)
     a, b = khatri_rao(a1, b1, a2, b2)
-    return Computed(held.target, a, b, scaling)
+    if len(inputs) < 2:
+        return Computed(held.target, a, b, scaling)
+    if math.prod(inputs) != a.shape[1]:
+        method.refuse(
+            held,
+            f"has {a.shape[1]} inputs with the kernel, the base {math.prod(inputs)}",
+            hint="give the base the adapter was trained on",
+        )
+    b = b.reshape(*b.shape, *(1 for _ in inputs[1:]))
+    return Computed(held.target, a.reshape(-1, *inputs), b, scaling, "conv")

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_hub.errors import FormatError
-from lora_hub.formats.peft_config import CONFIG_NAME, TASK_TYPES
+from lora_hub.formats.files import CONFIG_NAME
+from lora_hub.formats.patterns import Budget
+from lora_hub.formats.peft_config import TASK_TYPES
 from lora_hub.formats.peft_targets import check_targets, saved_names
+from lora_hub.formats.peft_tensors import PREFIX, WEIGHTS_NAME, without_prefix
 from lora_hub.formats.source import Replacement
+from lora_hub.scaling import is_alpha
 from lora_hub.tensors.arrays import FLOATS, floats
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
 
 if TYPE_CHECKING:
     from lora_hub.formats.products import Array
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-PREFIX = "base_model.model."
 
 # Keys of every method whose value does not change what a trained adapter does.
 _INERT = frozenset(
@@ -74,6 +74,7 @@ class Method:
         where: the directory, for messages.
         held: in order of targets.
         saved: tensors of whole modules.
+        budget: what is left for the patterns of the config.
     """
 
     config: Mapping[str, Any]
@@ -81,6 +82,7 @@ class Method:
     where: str
     held: tuple[Held, ...]
     saved: tuple[Replacement, ...]
+    budget: Budget
 
     @property
     def config_where(self) -> str:
@@ -162,7 +164,7 @@ def open_method(
         last = next((last for last in names if name.endswith(f".{last}")), None)
         if last is not None and name.startswith(PREFIX):
             key = name.removeprefix(PREFIX).removesuffix(f".{last}")
-            target = _target_of(key)
+            target = without_prefix(key)
             held = by_target.setdefault(target, Held(key, target))
             if last in held.tensors or held.key != key:
                 raise FormatError(
@@ -177,24 +179,25 @@ def open_method(
             where=f"{where}/{WEIGHTS_NAME}",
         )
     held_all = tuple(by_target[target] for target in sorted(by_target))
+    budget = Budget()
     modules = {replacement.name.rpartition(".")[0] for replacement in saved}
-    check_targets(config, [held.key for held in held_all], config_where, modules)
+    check_targets(config, [held.key for held in held_all], config_where, modules, budget)
     replaced = tuple(sorted(saved, key=lambda replacement: replacement.name))
-    return Method(config, tensors, where, held_all, replaced)
+    return Method(config, tensors, where, held_all, replaced, budget)
 
 
 def number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    """Return a finite number of the config."""
+    """Return a finite number of the config; `FormatError` if it is none."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise FormatError(f"{key} is {value!r}, expected a number", where=where)
-    if not abs(value) <= 1e150:  # as alpha of LoRA; false for NaN too
+    if not is_alpha(value):
         raise FormatError(f"{key} is {value!r}, expected a finite number", where=where)
     return float(value)
 
 
 def whole_number(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
-    """Return an integer of the config, at least 1."""
+    """Return an integer of the config, at least 1; `FormatError` if it is none."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FormatError(
@@ -290,19 +293,12 @@ def is_names(value: Any) -> bool:
     )
 
 
-def _target_of(key: str) -> str:
-    # An adapter trained on top of a PeftModel carries the prefix once more.
-    while key.startswith(PREFIX):
-        key = key.removeprefix(PREFIX)
-    return key
-
-
 def _saved(
     name: str, tensor: TensorInfo, config: Mapping[str, Any], where: str
 ) -> Replacement:
     """Return a tensor of a whole module that PEFT saves with the adapter."""
     endings = saved_names(config)
-    target = _target_of(name)
+    target = without_prefix(name)
     parts = target.split(".")
     modules = [".".join(parts[:end]) for end in range(1, len(parts))]
     # PEFT compares plain endings: "classifier" means "pre_classifier" too.

@@ -12,9 +12,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lora_hub.embeddings import INPUTS, VOCABULARY, last_part
 from lora_hub.errors import FormatError
 from lora_hub.formats.peft_targets import saved_names
-from lora_hub.formats.peft_tensors import EMBEDDINGS, WRAPPED, Named
+from lora_hub.formats.peft_tensors import WRAPPED, Named
 from lora_hub.formats.source import Replacement
 from lora_hub.manifest.document import Role
 from lora_hub.tensors.arrays import FLOATS
@@ -74,7 +75,14 @@ def _check_copy(
     names = (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}")
     original = next((by_name[name] for name in names if name in by_name), None)
     is_trained = kind == "modules_to_save"
-    if original is None or (is_trained and not same(tensor, original.tensor, tensors)):
+    if original is None:
+        raise FormatError(
+            f"the tensor {tensor.name!r} has {kind} in its name and is nobody's copy: PEFT "
+            "would drop it in silence",
+            where=where,
+            hint="save the adapter with save_pretrained, which takes that out of the names",
+        )
+    if is_trained and not same(tensor, original.tensor, tensors):
         raise FormatError(
             f"the tensor {tensor.name!r} is not the same as the one it is a copy of",
             where=where,
@@ -99,6 +107,8 @@ def _whole(
     is_saved: bool,
     where: str,
 ) -> Replacement:
+    # The bias of a layer of which rows are trained lies beneath their wrapper.
+    path = re.sub(r"\.token_adapter\.base_layer\.bias$", ".bias", path)
     if ".token_adapter." in path:
         raise FormatError(
             f"the tensor {tensor.name!r} is a whole embedding of which rows are saved too",
@@ -141,7 +151,7 @@ def _has_bias(config: Mapping[str, Any], module: str, targets: Collection[str]) 
 
 
 def _is_embedding(module: str, last: str) -> bool:
-    return module.rpartition(".")[2] in EMBEDDINGS and last in ("weight", "bias")
+    return last_part(module) in VOCABULARY and last in ("weight", "bias")
 
 
 def _is_saved(key: str, names: tuple[str, ...]) -> bool:
@@ -197,10 +207,31 @@ def _rows(
             where=where,
             hint="the file is incomplete, or belongs to another config",
         )
-    return [
+    found = [
         _rows_of(module, tensor, _tokens(said, named.keys[module], config_where), where)
         for module, tensor in sorted(named.rows.items())
     ]
+    if isinstance(said, dict):
+        _check_lists(said, [named.keys[module] for module in named.rows], where)
+    return found
+
+
+def _check_lists(said: Mapping[str, list[int]], keys: list[str], where: str) -> None:
+    """Raise `FormatError` where a module is named whose rows are not there.
+
+    Of an output layer tied to the embedding, with the same tokens, PEFT keeps none.
+    """
+    held = {name for name in said if any(key.endswith(name) for key in keys)}
+    kept = [said[name] for name in held]
+    for name, tokens in said.items():
+        is_tied = last_part(name) not in INPUTS and tokens in kept
+        if name not in held and not is_tied:
+            raise FormatError(
+                f"trainable_token_indices names tokens of {name!r}, and the weights hold "
+                "no trainable_tokens_delta of it",
+                where=where,
+                hint="the file is incomplete, or belongs to another config",
+            )
 
 
 def _tokens(said: Any, key: str, where: str) -> list[int]:

@@ -10,9 +10,11 @@ Source: PEFT 0.21.2, `tuners/lora/layer.py`; the rules of modules_to_save are in
 import re
 from collections.abc import Iterable
 
+from lora_hub.embeddings import VOCABULARY, last_part
 from lora_hub.errors import LossyConversion
 from lora_hub.formats.peft_experts import wrapped_paths
 from lora_hub.formats.peft_targets import HEADS, excluded_by
+from lora_hub.formats.peft_ties import TIED_NAMES
 from lora_hub.formats.source import AdapterSource, Replacement
 from lora_hub.scaling import alpha_of, scaling
 
@@ -55,7 +57,7 @@ def saved_modules(replacements: Iterable[Replacement], task_type: str | None) ->
 
 def _without_updates(source: AdapterSource) -> Iterable[str]:
     if not source.updates:
-        yield "no update of low rank is in it"
+        yield "an adapter without one update of low rank"
 
 
 def _scales(source: AdapterSource) -> Iterable[str]:
@@ -110,6 +112,18 @@ def _parameters(source: AdapterSource) -> Iterable[str]:
         yield f"an update of a module and one of its parameters, {both[0]}"
 
 
+def _ties(source: AdapterSource) -> Iterable[str]:
+    held = [u.target for u in source.updates if u.layer == "embedding"]
+    held += [
+        each.name.removesuffix(".weight")
+        for each in source.replacements
+        if each.rows is None and each.role == "modules_to_save"
+    ]
+    names = [name for name in held if last_part(name) in VOCABULARY]
+    if source.ties_weights and names and not any(last_part(n) in TIED_NAMES for n in names):
+        yield f"a change of {names[0]} that is the tied head's too, which PEFT does not tie"
+
+
 def _saved(source: AdapterSource) -> Iterable[str]:
     targets = {u.target for u in source.updates if u.layer != "experts"}
     saved = saved_modules(source.replacements, source.task_type)
@@ -130,5 +144,6 @@ _CHECKS = (
     _unlike_layers,
     _unlike_rules,
     _parameters,
+    _ties,
     _saved,
 )

@@ -14,11 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_hub.errors import FormatError
-from lora_hub.formats.patterns import Budget, Pattern
+from lora_hub.formats.patterns import COMPILING, Budget, Pattern
 
 _DIGITS = 18  # of a layer's number; Python refuses to read thousands of them
 # Up to so many names in a list, looking for each is faster than taking every path apart.
 _FEW = 64
+# So many characters of a path does `re` pass in the time of a step, one at a time.
+_PER_STEP = 16
 _LAYERS_NAME = re.compile(r"\w+(\\?\.\w+)*")
 
 # Modules that PEFT itself adds to modules_to_save, by task type.
@@ -42,6 +44,7 @@ def expand(
     default: float,
     names: list[str],
     where: str,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Return name → the value of the first pattern that matches, else the plain value.
 
@@ -52,11 +55,12 @@ def expand(
         default: the plain value where the config is silent.
         names: paths of modules, for experts of their parameters.
         where: the config's path, for messages.
+        budget: shared by all that is matched for one config; one of its own without.
 
     Raises:
         FormatError: a pattern matches none of the names.
     """
-    budget = Budget()
+    budget = budget or Budget()
     patterns = {
         text: (
             Pattern(
@@ -86,7 +90,11 @@ def expand(
 
 
 def check_targets(
-    config: Mapping[str, Any], keys: list[str], where: str, saved: Collection[str] = ()
+    config: Mapping[str, Any],
+    keys: list[str],
+    where: str,
+    saved: Collection[str] = (),
+    budget: Budget | None = None,
 ) -> None:
     """Raise `FormatError` unless target_modules names exactly the modules in the weights.
 
@@ -96,22 +104,28 @@ def check_targets(
         where: the config's path, for messages.
         saved: paths of modules that are saved whole, which PEFT leaves out of the
             targets though they may be listed.
+        budget: as for `expand`.
     """
+    budget = budget or Budget()
     targets = config.get("target_modules")
-    is_excluded = _matcher(config.get("exclude_modules") or [], f"{where}#/exclude_modules")
+    is_excluded = _matcher(
+        config.get("exclude_modules") or [], f"{where}#/exclude_modules", budget
+    )
     if isinstance(targets, list):
         unmatched = _unmatched(targets, (*keys, *saved))
         for entry in unmatched:
             if is_excluded(entry):
                 continue  # as PEFT writes out "all-linear" beside exclude_modules
+            if config.get("layers_to_transform") is not None:
+                continue  # PEFT lets an entry be that names modules of no layer
             raise FormatError(
                 f"target_modules lists {entry!r}, and the weights hold no such module",
                 where=where,
                 hint="the file may be incomplete, or belong to another config",
             )
-    is_listed = _matcher(_anything_or(targets), f"{where}#/target_modules")
-    is_in_layer = _layer_matcher(config, f"{where}#/layers_pattern")
-    is_saved = _saved_matcher(saved_names(config), f"{where}#/modules_to_save")
+    is_listed = _matcher(_anything_or(targets), f"{where}#/target_modules", budget)
+    is_in_layer = _layer_matcher(config, f"{where}#/layers_pattern", budget)
+    is_saved = _saved_matcher(saved_names(config), f"{where}#/modules_to_save", budget)
     for key in keys:
         if is_excluded(key) or not is_listed(key) or not is_in_layer(key):
             raise FormatError(
@@ -129,36 +143,42 @@ def check_targets(
             )
 
 
-def parameters_at(
-    config: Mapping[str, Any], key: str
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the module's parameters that target_parameters names, and may name.
+def parameters_of(
+    config: Mapping[str, Any],
+) -> Callable[[str], tuple[frozenset[str], frozenset[str]]]:
+    """Return what gives a module's parameters that target_parameters names, and may name.
 
     An entry means every parameter whose full name ends with it in whole dotted parts. One
     without a dot means parameters of any module, of which this one may have none.
     """
-    named, bare = set(), set()
+    named: dict[str, set[str]] = {}
     for entry in config.get("target_parameters") or ():
         module, _, parameter = entry.rpartition(".")
-        if not module:
-            bare.add(parameter)
-        elif module in _endings(key):
-            named.add(parameter)
-    return frozenset(named), frozenset(bare)
+        named.setdefault(module, set()).add(parameter)
+    bare = frozenset(named.pop("", ()))
+
+    def at(key: str) -> tuple[frozenset[str], frozenset[str]]:
+        endings = _endings(key) if named else ()
+        return frozenset().union(*(named.get(ending, ()) for ending in endings)), bare
+
+    return at
 
 
-def module_matcher(config: Mapping[str, Any], where: str) -> Callable[[str], bool]:
+def module_matcher(
+    config: Mapping[str, Any], where: str, budget: Budget | None = None
+) -> Callable[[str], bool]:
     """Return whether target_modules lists a module, beside target_parameters."""
     targets = config.get("target_modules")
     chosen = [] if targets is None else _anything_or(targets)
-    return _matcher(chosen, f"{where}#/target_modules")
+    return _matcher(chosen, f"{where}#/target_modules", budget or Budget())
 
 
 def check_parameters(config: Mapping[str, Any], names: Collection[str], where: str) -> None:
     """Raise `FormatError` unless each entry of target_parameters is among the names."""
-    endings = {ending for name in names for ending in _endings(name)}
-    for entry in config.get("target_parameters") or ():
-        if entry not in endings:
+    entries = dict.fromkeys(config.get("target_parameters") or ())
+    found = _among(entries, names) if entries else ()
+    for entry in entries:
+        if entry not in found:
             raise FormatError(
                 f"target_parameters lists {entry!r}, and the weights hold no such thing",
                 where=where,
@@ -168,7 +188,7 @@ def check_parameters(config: Mapping[str, Any], names: Collection[str], where: s
 
 def excluded_by(saved: Collection[str], keys: Collection[str]) -> str | None:
     """Return one of the targets that PEFT leaves out for the names saved whole, or None."""
-    is_saved = _saved_matcher(saved, "modules_to_save")
+    is_saved = _saved_matcher(saved, "modules_to_save", Budget())
     return next((key for key in keys if is_saved(key)), None)
 
 
@@ -177,9 +197,9 @@ def _anything_or(targets: Any) -> Any:
     return ".*" if targets is None or is_shorthand else targets
 
 
-def _matcher(chosen: Any, where: str) -> Callable[[str], bool]:
+def _matcher(chosen: Any, where: str, budget: Budget) -> Callable[[str], bool]:
     if isinstance(chosen, str):
-        return Pattern(chosen, where=where, budget=Budget(), whole=True).is_match
+        return Pattern(chosen, where=where, budget=budget, whole=True).is_match
     names = frozenset(chosen)
     if len(names) > _FEW:
         return lambda key: not names.isdisjoint(_endings(key))
@@ -191,7 +211,7 @@ def _unmatched(entries: Iterable[str], keys: Sequence[str]) -> list[str]:
     """Return the entries of a list that mean none of the modules."""
     unmatched = dict.fromkeys(entries)
     if len(unmatched) > _FEW:
-        found = {ending for key in keys for ending in _endings(key)}
+        found = _among(unmatched, keys)
         return [entry for entry in unmatched if entry not in found]
     whole = set(keys)
     return [
@@ -201,9 +221,15 @@ def _unmatched(entries: Iterable[str], keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _saved_matcher(names: Collection[str], where: str) -> Callable[[str], bool]:
+def _among(entries: Collection[str], names: Iterable[str]) -> set[str]:
+    """Return the entries that are whole dotted parts at the end of a name."""
+    return {ending for name in names for ending in _endings(name) if ending in entries}
+
+
+def _saved_matcher(
+    names: Collection[str], where: str, budget: Budget
+) -> Callable[[str], bool]:
     # Here PEFT reads the names as regular expressions, and elsewhere as endings.
-    budget = Budget()
     patterns = [
         Pattern(rf"(^|.*\.){name}($|\..*)", text=name, where=where, budget=budget)
         for name in names
@@ -217,7 +243,9 @@ def _endings(key: str) -> list[str]:
     return [key[start:] for start in starts]
 
 
-def _layer_matcher(config: Mapping[str, Any], where: str) -> Callable[[str], bool]:
+def _layer_matcher(
+    config: Mapping[str, Any], where: str, budget: Budget
+) -> Callable[[str], bool]:
     layers = config.get("layers_to_transform")
     targets = config.get("target_modules")
     if layers is None or layers == [] or not isinstance(targets, list):
@@ -230,16 +258,18 @@ def _layer_matcher(config: Mapping[str, Any], where: str) -> Callable[[str], boo
             raise FormatError(
                 f"{text[:60]!r} is no plain name, others are not read yet", where=where
             )
-    expressions = [re.compile(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.") for text in texts] or [
-        re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-    ]
+        budget.spend(COMPILING, text, where)
+    expressions = {
+        text: re.compile(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.") for text in texts
+    } or {"": re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")}
     chosen = {layers} if isinstance(layers, int) else set(layers)
     whole = set(targets)
 
     def is_chosen(key: str) -> bool:
         if key in whole:
             return True  # a module listed by its whole path is meant, whatever its layer
-        for expression in expressions:
+        for text, expression in expressions.items():
+            budget.spend(1 + len(key) // _PER_STEP, text, where)
             match = expression.match(key)
             if match:
                 digits = match["idx"]

@@ -12,6 +12,7 @@ lies within. What the whole weights are for is the matter of `peft_replaced.py`.
 Source: PEFT 0.21.2, `utils/save_and_load.py`, `tuners/tuners_utils.py`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,24 +36,14 @@ _PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
 }
 
+# As a model calls its factors in memory, with the adapter's name in them, which
+# `save_pretrained` takes out. PEFT does not find them so.
+_WITH_NAME = re.compile(
+    r".+\.lora_(?:[AB]|embedding_[AB]|magnitude_vector)\.(?P<name>[^.]+)(?:\.(?:weight|bias))?"
+)
+
 # What stands in names of other methods that call themselves LoRA.
 _OTHERS = {".lora_diag": "a diagonal of KaSA"}
-
-# Last parts of the names that models give to the embeddings of their vocabulary, and to
-# the layers that turn hidden states into words. PEFT saves both along after a resize.
-EMBEDDINGS = frozenset(
-    {
-        "embed_in",
-        "embed_out",
-        "embed_tokens",
-        "lm_head",
-        "shared",
-        "tok_embeddings",
-        "token_embedding",
-        "word_embeddings",
-        "wte",
-    }
-)
 
 
 @dataclass(slots=True)
@@ -105,12 +96,13 @@ def sort_out(tensors: Mapping[str, TensorInfo], where: str) -> Named:
             _add_part(named, key, suffix, tensor, where)
             continue
         place = named.rows if suffix else named.whole
-        path = _without_prefix(key)
+        path = without_prefix(key)
         if place.setdefault(path, tensor) is not tensor:
             raise FormatError(f"two tensors are {path}", where=where)
         named.keys.setdefault(path, key)
     if not tensors:
         raise FormatError("the file holds no tensors", where=where)
+    _check_names(named.whole, where)
     if not named.updates:
         raise FormatError("the file holds no low-rank factor", where=where)
     for (target, _), parts in named.updates.items():
@@ -118,9 +110,23 @@ def sort_out(tensors: Mapping[str, TensorInfo], where: str) -> Named:
     return named
 
 
+def _check_names(whole: Mapping[str, TensorInfo], where: str) -> None:
+    """Raise `FormatError` where a factor bears the adapter's name."""
+    for path, tensor in whole.items():
+        match = _WITH_NAME.fullmatch(path)
+        if match:
+            raise FormatError(
+                f"the tensor {tensor.name!r} has the adapter's name {match['name']!r} in "
+                "it, and PEFT would drop it in silence",
+                where=where,
+                hint="save the adapter with save_pretrained, or take the name out of the "
+                "tensors' names",
+            )
+
+
 def _add_part(named: Named, key: str, suffix: str, tensor: TensorInfo, where: str) -> None:
     core, depth = _unwrapped(key)
-    target, part = _without_prefix(core), _PARTS[suffix]
+    target, part = without_prefix(core), _PARTS[suffix]
     if WRAPPED in target:
         raise FormatError(
             f"the tensor {tensor.name!r} lies inside another target, as in PEFT's layer "
@@ -139,15 +145,16 @@ def _add_part(named: Named, key: str, suffix: str, tensor: TensorInfo, where: st
 
 
 def _check_complete(target: str, parts: Parts, where: str) -> None:
-    held = parts.tensors.keys() & {"a", "b"}
-    for factor in sorted({"a", "b"} - held):
-        other = "factor" if held else "tensors"
+    a, b = parts.tensors.get("a"), parts.tensors.get("b")
+    if a is None or b is None:
+        factor = "a" if a is None else "b"
+        other = "factor" if a or b else "tensors"
         raise FormatError(
             f"{target} has no lora_{factor.upper()} beside its other {other}",
             where=where,
             hint="both factors are needed; the file is incomplete",
         )
-    if len({_is_embeddings(parts.tensors[factor]) for factor in ("a", "b")}) > 1:
+    if _is_embeddings(a) != _is_embeddings(b):
         raise FormatError(
             f"{target} has one factor of an embedding and one of another layer", where=where
         )
@@ -168,6 +175,8 @@ def _split(name: str, where: str) -> tuple[str, str]:
         raise FormatError(
             f"the tensor {name!r} is not named as PEFT does ({PREFIX}….lora_A.weight)",
             where=where,
+            hint="PEFT drops it in silence: save the adapter with save_pretrained, or put "
+            f"{PREFIX} in front if the path is the base's",
         )
     path = name.removeprefix(PREFIX)
     start = path.rfind(".lora_")  # every suffix of `_PARTS` begins so
@@ -186,7 +195,8 @@ def _unwrapped(key: str) -> tuple[str, int]:
     return key, depth
 
 
-def _without_prefix(key: str) -> str:
+def without_prefix(key: str) -> str:
+    """Return the path in the base that a name in the file begins with."""
     # An adapter trained on top of a PeftModel carries the prefix once more.
     while key.startswith(PREFIX):
         key = key.removeprefix(PREFIX)

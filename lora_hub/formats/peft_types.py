@@ -55,11 +55,11 @@ def _of(module: str, name: str) -> Reader:
 READERS: Mapping[str, Reader] = {
     "ADALORA": _of("peft_adalora", "read_adalora"),
     "IA3": _of("peft_ia3", "read_ia3"),
-    "LN_TUNING": _of("peft_whole", "read_ln_tuning"),
+    "LN_TUNING": _of("peft_norms_and_tokens", "read_ln_tuning"),
     "LOHA": _of("peft_loha", "read_loha"),
     "LOKR": _of("peft_lokr", "read_lokr"),
     "PVERA": _of("peft_vera", "read_vera"),
-    "TRAINABLE_TOKENS": _of("peft_whole", "read_trainable_tokens"),
+    "TRAINABLE_TOKENS": _of("peft_norms_and_tokens", "read_trainable_tokens"),
     "VERA": _of("peft_vera", "read_vera"),
 }
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_hub.errors import FormatError
-from lora_hub.formats.base_names import modules_of, of_component
+from lora_hub.formats.base_names import modules_of, shape_at
 from lora_hub.formats.computed import Computed, source_of
 from lora_hub.formats.peft_methods import (
-    WEIGHTS_NAME,
     Held,
     Method,
     open_method,
     whole_number,
 )
+from lora_hub.formats.peft_tensors import WEIGHTS_NAME
 from lora_hub.formats.products import check_size
 from lora_hub.formats.source import AdapterSource
 from lora_hub.tensors.file import TensorFile
@@ -154,8 +154,7 @@ def _inputs(method: Method, most: int, base: Path | None) -> dict[str, int]:
     modules = modules_of(base)
     found = {}
     for held in method.held:
-        component, path = ("", held.target) if "" in modules else of_component(held.target)
-        shape = modules.get(component, {}).get(path, ())
+        shape = shape_at(modules, held.target)
         kind = str(method.config["peft_type"]).lower()
         lambda_b = held.tensors.get(f"{kind}_lambda_b")
         out = lambda_b.shape[0] if lambda_b and lambda_b.shape else -1

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from lora_hub.formats.peft_build import build_config
 from lora_hub.formats.peft_experts import wrapped_paths
 from lora_hub.formats.peft_sayable import check_sayable, saved_modules
@@ -110,7 +112,7 @@ def _paths(source: AdapterSource) -> dict[str, str]:
 def _as_saved(update: UpdateSource) -> UpdateSource:
     if update.magnitude is None:
         return update
-    shaped = replace(update.magnitude, shape=magnitude_shape(update))
+    shaped = msgspec.structs.replace(update.magnitude, shape=magnitude_shape(update))
     return replace(update, magnitude=shaped)
 
 

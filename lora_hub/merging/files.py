@@ -15,11 +15,11 @@ from lora_hub.tensors.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
     MAX_INDEX_BYTES,
-    PICKLE_SUFFIXES,
     SINGLE_NAME,
     Checkpoint,
 )
 from lora_hub.tensors.file import CHUNK_BYTES
+from lora_hub.tensors.foreign import PICKLE_SUFFIXES
 
 PROVENANCE_NAME = "lorahub-merge.json"
 
@@ -40,6 +40,9 @@ _LEFT_OUT_NAMES = frozenset({"README.md", "adapter_config.json", PROVENANCE_NAME
 def other_files(base: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the other files to copy, and of what is left out: those below,
     folders, and links that lead nowhere.
+
+    Raises:
+        InputError: the base's folder cannot be read.
     """
     shards = {shard.path.name for shard in base.shards}
     try:

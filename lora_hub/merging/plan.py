@@ -21,6 +21,7 @@ from lora_hub.merging.planned import (
     PlannedTensor,
 )
 from lora_hub.merging.ties import tie_of
+from lora_hub.tensors.arrays import FLOATS
 from lora_hub.tensors.checkpoint import Checkpoint
 from lora_hub.tensors.dtypes import BITS, is_float
 from lora_hub.tensors.header import TensorInfo
@@ -34,8 +35,6 @@ DTYPES: Mapping[str, str] = {
     "float32": "F32",
     "float64": "F64",
 }
-# Only these are summed or cast: fp8 and narrower come with scales of their own.
-_COMPUTES = frozenset(DTYPES.values())
 
 
 def plan(
@@ -132,21 +131,21 @@ def _tensor(
 ) -> PlannedTensor:
     """Return the plan for a tensor that the base has."""
     parts = fate.parts if fate else ()
-    if parts and info.dtype not in _COMPUTES:
+    if parts and info.dtype not in FLOATS:
         raise FitError(
             f"{info.name} is stored as {info.dtype}; sums are formed in "
-            f"{', '.join(sorted(_COMPUTES))}",
+            f"{', '.join(sorted(FLOATS))}",
             where=where,
             hint="merge into the base as it was before it was quantised",
         )
-    if written is not None and is_float(info.dtype) and info.dtype not in _COMPUTES:
+    if written is not None and is_float(info.dtype) and info.dtype not in FLOATS:
         raise FitError(
             f"{info.name} is stored as {info.dtype}, whose numbers mean something only "
             "together with their scales; it cannot be written in another dtype",
             where=where,
             hint="leave the dtype as it is",
         )
-    to = written if written is not None and info.dtype in _COMPUTES else info.dtype
+    to = written if written is not None and info.dtype in FLOATS else info.dtype
     action: Action = "copy" if to == info.dtype else "cast"
     if fate is not None and parts:
         action = "replace" if fate.exchanges else "add"
@@ -170,10 +169,10 @@ def _new(
             where=fate.name,
         )
     info = fate.exchanges[0].source.tensor
-    if info.dtype not in _COMPUTES:
+    if info.dtype not in FLOATS:
         raise FitError(
             f"the adapter stores it as {info.dtype}, expected one of "
-            f"{', '.join(sorted(_COMPUTES))}",
+            f"{', '.join(sorted(FLOATS))}",
             where=fate.name,
         )
     return PlannedTensor(

@@ -9,19 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_hub.base.folder import FolderBase
+from lora_hub.embeddings import HEADS, INPUTS, last_part
 from lora_hub.errors import FitError
 from lora_hub.formats.source import AdapterSource, Replacement, ScaleSource, UpdateSource
 
-# Last parts of module names.
-_USES: dict[str, Literal["embedding", "head"]] = {
-    "embed_tokens": "embedding",
-    "embed_in": "embedding",
-    "wte": "embedding",
-    "word_embeddings": "embedding",
-    "shared": "embedding",
-    "lm_head": "head",
-    "embed_out": "head",
-}
 # An embedding's path → the head that a model with a tensor for each keeps beside it
 # (`_tied_weights_keys` in transformers 5.23.0). GPT-NeoX's files say embed_out.
 _HEAD_OF = {
@@ -135,7 +126,7 @@ def places(
             raise _one_tensor(what, tie, "the adapter changes each in its own way")
     elif partner is not None:
         return tie.uses if use == "embedding" else ()
-    elif source.ties_weights or (_is_rows(what) and use == "embedding"):
+    elif _is_tied(what, use, source):
         if isinstance(what, UpdateSource) and what.magnitude is not None:
             raise FitError(
                 "the adapter ties its embedding and its head, and DoRA scales each by "
@@ -161,15 +152,31 @@ def _one_tensor(what: Source, tie: Tie, adapter: str) -> FitError:
 
 def _use(name: str) -> Literal["embedding", "head"] | None:
     module = name.removesuffix(".weight")
-    return _USES.get(module.rpartition(".")[2]) if module != name else None
+    if module == name:
+        return None
+    last = last_part(module)
+    return "embedding" if last in INPUTS else "head" if last in HEADS else None
 
 
 def _own(what: Source) -> str:
     return what.name if isinstance(what, Replacement) else what.weight
 
 
+def _is_tied(what: Source, use: str, source: AdapterSource) -> bool:
+    """Return whether a change of one use is meant for the other as well.
+
+    PEFT ties rows of the input embedding unasked, those of a head never; updates of the
+    input embedding, and weights that were trained whole, where the adapter asks for it.
+    One that was saved along is the base's own tensor.
+    """
+    if not isinstance(what, Replacement):
+        return source.ties_weights and use == "embedding"
+    if what.rows is not None:
+        return use == "embedding"
+    return source.ties_weights or what.role == "embedding"
+
+
 def _is_rows(what: Source) -> bool:
-    # PEFT ties trained tokens wherever the model's embeddings are, unasked.
     return isinstance(what, Replacement) and what.rows is not None
 
 

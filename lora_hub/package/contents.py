@@ -12,13 +12,13 @@ from lora_hub import canonical, links, strict_json
 from lora_hub.base.folder import TOKENIZER_CONFIG_NAME
 from lora_hub.errors import FormatError, InputError, LossyConversion
 from lora_hub.formats import peft
-from lora_hub.formats.detect import PICKLES
-from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.files import CONFIG_NAME, WEIGHTS
 from lora_hub.formats.peft_sayable import check_sayable
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import BaseHint
 from lora_hub.package import layout
 from lora_hub.package.layout import CARD_NAME
+from lora_hub.tensors.foreign import PICKLE_SUFFIXES
 from lora_hub.tensors.write import chunks_of
 
 # A file's content in pieces.
@@ -28,6 +28,13 @@ Chunks = tuple[bytes | memoryview, ...]
 def weights_and_config(
     source: AdapterSource, hints: Sequence[BaseHint], base_tensors: frozenset[str]
 ) -> dict[str, Chunks]:
+    """Return the two files of PEFT's: tensors byte for byte, and the smallest config.
+
+    Args:
+        source: what was read; PEFT's LoRA can say it.
+        hints: where the base is found; the config names the first one on the Hub.
+        base_tensors: names of all the base's tensors, so that no pattern means too many.
+    """
     tensors = peft.tensors_for(source)
     specs = [(name, tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)]
     weights = chunks_of(specs, lambda name: (source.tensors.read(tensors[name].name),))
@@ -56,6 +63,20 @@ def refuse_unsaid(source: AdapterSource) -> None:
             where=source.tensors.where,
             hint="attach the adapter as it is, or merge it with `lorahub merge`",
         ) from error
+
+
+def refuse_links(src: Path) -> None:
+    """Raise `FormatError` where a config or weights in the folder lie elsewhere.
+
+    What a package holds is published; a link that came with the folder must not choose it.
+    """
+    try:
+        found = sorted(src.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(src)) from error
+    for path in found:
+        if path.name == CONFIG_NAME or path.name.lower().endswith(WEIGHTS):
+            _refuse_link(path)
 
 
 def copied(src: Path, base: Path, names: Iterable[str]) -> dict[str, Chunks]:
@@ -131,7 +152,7 @@ def _read(path: Path) -> bytes:
 
 
 def refuse_pickles(names: Iterable[str], src: Path) -> None:
-    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise FormatError(
             f"the folder holds {', '.join(map(repr, pickles))}: pickles can run code "

@@ -14,8 +14,8 @@ from typing import Literal
 
 from lora_hub import refs
 from lora_hub.errors import FormatError, InputError, IntegrityError
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.formats.peft import WEIGHTS_NAME
-from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from lora_hub.signing.envelope import MAX_BUNDLE_BYTES
 from lora_hub.signing.policy import IGNORABLE
@@ -145,7 +145,7 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
-        with os.fdopen(descriptor, "rb") as stream:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"is a {_kind(status.st_mode)}", where=str(path))
@@ -154,7 +154,14 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
                     f"the file has {status.st_size} bytes, at most {max_bytes} are read",
                     where=str(path),
                 )
-            return stream.read(status.st_size)
+            data = os.read(descriptor, status.st_size)
+            if len(data) == status.st_size:
+                return data
+            # One call gives at most 2 GiB, and less where the file was cut off meanwhile.
+            with os.fdopen(descriptor, "rb", closefd=False) as stream:
+                return data + stream.read(status.st_size - len(data))
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise _unreadable(path, error) from error
 

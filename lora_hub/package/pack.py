@@ -7,6 +7,7 @@ is that of SOURCE_DATE_EPOCH where it is set. What the manifest says of the adap
 derived from those bytes as every reader of the package will find them.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,6 +149,8 @@ def plan_package(
         spdx.check_license(expression)
     stated.check_extra(extra or {})
     options = replace(options or ReadOptions(), base=base)
+    if os.path.isdir(src):  # false, too, where we may not look
+        contents.refuse_links(src)
     source = open_adapter(src, options, dialect=dialect)
     contents.refuse_unsaid(source)
     names = sorted(entry.name for entry in src.iterdir())

@@ -5,7 +5,7 @@ bytes that are used are the bytes whose digest was compared. Who signed them is 
 of `registry/verify.py`, making a package of `pack.py`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from lora_hub.errors import (
     TrustError,
 )
 from lora_hub.formats.detect import source_from_files
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.formats.peft import WEIGHTS_NAME
-from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest import codec
 from lora_hub.manifest.document import MANIFEST_NAME, File, Manifest
@@ -204,40 +204,36 @@ def check_modules(package: Package, source: AdapterSource) -> None:
     where = f"{package.where}/{MANIFEST_NAME}"
     stated = package.manifest.adapter
     modules, extra = derived.modules_of(source), derived.extra_tensors_of(source)
-    lists: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
-        (
-            "modules",
-            {one.module: one for one in stated.modules},
-            {one.module: one for one in modules},
-        ),
-        (
-            "extra_tensors",
-            {one.name: one for one in stated.extra_tensors},
-            {one.name: one for one in extra},
-        ),
-    )
-    for (field, said, is_so), same in zip(
-        lists, (stated.modules == modules, stated.extra_tensors == extra), strict=True
-    ):
-        if not same:
-            raise IntegrityError(
-                _difference(said, is_so),
-                where=f"{where}#/adapter/{field}",
-                hint=_CHANGED,
-            )
+    if stated.modules != modules:
+        raise IntegrityError(
+            _difference(
+                {one.module: one for one in stated.modules},
+                {one.module: one for one in modules},
+            ),
+            where=f"{where}#/adapter/modules",
+            hint=_CHANGED,
+        )
+    if stated.extra_tensors != extra:
+        raise IntegrityError(
+            _difference(
+                {one.name: one for one in stated.extra_tensors},
+                {one.name: one for one in extra},
+            ),
+            where=f"{where}#/adapter/extra_tensors",
+            hint=_CHANGED,
+        )
     if not modules:
         raise IntegrityError(
             "the weights hold no update of a layer", where=where, hint=_CHANGED
         )
-    found = derived.adapter_of(source)
     for field, wanted, actual in (
-        ("adapter/summary", stated.summary, found.summary),
+        ("adapter/summary", stated.summary, derived.summary_of(modules, extra)),
         (
             "adapter/alora_invocation_tokens",
             stated.alora_invocation_tokens,
-            found.alora_invocation_tokens,
+            source.alora_tokens,
         ),
-        ("adapter/ties_weights", stated.ties_weights, found.ties_weights),
+        ("adapter/ties_weights", stated.ties_weights, source.ties_weights),
         ("kind", package.manifest.kind, derived.kind_of(modules, extra)),
     ):
         if wanted != actual:
@@ -248,7 +244,7 @@ def check_modules(package: Package, source: AdapterSource) -> None:
             )
 
 
-def _difference(stated: dict[str, object], found: dict[str, object]) -> str:
+def _difference(stated: Mapping[str, object], found: Mapping[str, object]) -> str:
     for name in sorted(stated.keys() | found.keys()):
         if name not in found:
             return f"the manifest lists {name}, which the weights do not hold"

@@ -78,6 +78,7 @@ def check_task(task: str) -> None:
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless these are fields that an author may state."""
     unknown = sorted(key for key in extra if key not in EXTRA_FIELDS)
     if unknown:
         raise InputError(

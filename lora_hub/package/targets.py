@@ -10,6 +10,9 @@ from lora_hub.base.orientation import stores_transposed, weight_shape
 from lora_hub.base.structure import same_shape
 from lora_hub.errors import DocumentError
 from lora_hub.manifest.document import BaseTarget, ExtraTensor, Manifest, Module
+from lora_hub.recent import RecentOfSame
+
+_RECENT: RecentOfSame[bool] = RecentOfSame()
 
 
 def check_targets(manifest: Manifest, where: str) -> None:
@@ -18,6 +21,8 @@ def check_targets(manifest: Manifest, where: str) -> None:
     A bias that the base does not have, and a tensor that is brought whole and is new, are
     no targets.
     """
+    if _RECENT.get(manifest.adapter, manifest.base):
+        return
     targets = {target.name: target for target in manifest.base.targets}
     if len(targets) != len(manifest.base.targets):
         raise DocumentError("a target is listed twice", where=f"{where}#/base/targets")
@@ -41,6 +46,7 @@ def check_targets(manifest: Manifest, where: str) -> None:
         raise DocumentError(
             f"nothing in the adapter modifies {name}", where=f"{where}#/base/targets"
         )
+    _RECENT.keep(manifest.adapter, manifest.base, result=True)
 
 
 def _check_module(

@@ -139,8 +139,8 @@ def _read(
     """Return what the source is, the evidence, notes on the way, and the adapter."""
     text = os.fspath(src)
     path = Path(text).expanduser()
-    is_path = not isinstance(src, str) or refs.is_path(text) or path.is_file()
-    if is_path and not (path / MANIFEST_NAME).exists():
+    is_path = not isinstance(src, str) or refs.is_path(text) or os.path.isfile(path)
+    if is_path and not os.path.exists(path / MANIFEST_NAME):
         detected, source = detect_and_read(path, options, dialect=dialect)
         return detected.dialect.name, detected.evidence, (), source
     package = find(src, registry)

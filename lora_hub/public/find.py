@@ -8,7 +8,7 @@ asked, and the notes say so.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,8 +116,11 @@ def _in_folder(folder: Path, options: "ReadOptions | None", dialect: str | None)
 
 def _refuse_said(where: str, options: "ReadOptions | None", dialect: str | None) -> None:
     """Raise `InputError` where something is said of a package, which says all by itself."""
-    said = [options.scale_from, options.alpha, options.initial] if options else []
-    if dialect is not None or any(one is not None for one in said):
+    from lora_hub.formats.dialect import ReadOptions
+
+    # A merge has one base for bare adapters and packages alike, which need none to be read.
+    said = replace(options, base=None) if options else ReadOptions()
+    if dialect is not None or said != ReadOptions():
         raise InputError(
             "this is a package: its files leave nothing open",
             where=where,

@@ -63,7 +63,7 @@ def generate(
     model = _model(transformers, base, getattr(torch, dtype) if dtype else "auto")
     with _on(device):
         model, inputs = model.to(device), inputs.to(device)
-    host = attach(model, registry)
+    host = attach(model, registry, base=base)
     weights: dict[str, float] = {}
     for what, weight in adapters:
         report = host.load(what, as_=what if refs.is_path(what) else None)

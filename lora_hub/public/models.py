@@ -18,6 +18,7 @@ from lora_hub.adapter.save import save as save_adapter
 from lora_hub.base.fit import check_fit
 from lora_hub.base.folder import FolderBase
 from lora_hub.composing.compose import compose as compose_adapters
+from lora_hub.formats.dialect import ReadOptions
 from lora_hub.merging import execute as merging
 from lora_hub.merging.plan import MergePlan, Part
 from lora_hub.merging.plan import plan as plan_merge
@@ -41,19 +42,29 @@ def _silent(_text: str) -> None:
     """Drop what would be said on a terminal."""
 
 
-def attach(model: "nn.Module", registry: PathLike | None = None) -> Host:
+def attach(
+    model: "nn.Module",
+    registry: PathLike | None = None,
+    *,
+    base: PathLike | None = None,
+) -> Host:
     """Return a host for adapters on a model; nothing changes until an adapter is used.
 
     Args:
         model: any `torch.nn.Module`, on any device.
         registry: a folder or a configured name, where references are looked up.
+        base: folder of the base, for adapters that cannot be read without it: VeRA, and
+            dialects with names of their own.
     """
-    return Host(model, lambda what: find(what, registry))
+    options = _read_with(base)
+    return Host(model, lambda what: find(what, registry, options=options))
 
 
-def load_adapter(what: PathLike, registry: PathLike | None = None) -> Adapter:
-    """Return the adapter that a reference or a folder means, in memory."""
-    return _load(find(what, registry), _silent)
+def load_adapter(
+    what: PathLike, registry: PathLike | None = None, *, base: PathLike | None = None
+) -> Adapter:
+    """Return the adapter that a reference or a folder means, in memory; see `attach`."""
+    return _load(find(what, registry, options=_read_with(base)), _silent)
 
 
 def save(adapter: Adapter, out: PathLike) -> None:
@@ -164,7 +175,7 @@ def _planned(
     root = None
     with FolderBase.open(Path(base), settings.cache_folder() / "bases") as view:
         for what, weight in pairs:
-            found = find(what, registry)
+            found = find(what, registry, options=_read_with(base))
             if found.base is not None:
                 fit = check_fit(found.base, view, policy=policy)
                 # Only a comparison of all tensors proves the root.
@@ -176,6 +187,10 @@ def _planned(
             )
         plan = plan_merge(view.checkpoint, parts, dtype=dtype, untie=untie, base_root=root)
         yield view, parts, plan
+
+
+def _read_with(base: PathLike | None) -> ReadOptions:
+    return ReadOptions(base=None if base is None else Path(base))
 
 
 def _load(found: Found, note: Note) -> Adapter:

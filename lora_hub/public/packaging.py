@@ -89,6 +89,7 @@ def plan(
     from_: str | None = None,
     scale_from: "ScaleFrom | None" = None,
     alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
     initial: PathLike | None = None,
 ) -> "PackPlan":
     """Return the package that `pack` would write; see there."""
@@ -113,6 +114,7 @@ def plan(
         options=ReadOptions(
             scale_from=scale_from,
             alpha=alpha,
+            enable_lora=None if enable_lora is None else tuple(enable_lora),
             initial=None if initial is None else Path(initial),
         ),
         dialect=_dialect(from_),
@@ -128,8 +130,8 @@ def pack(src: PathLike, *, out: PathLike, **fields: Any) -> "Package":
         **fields: name, version, base, task and license, which every package has; summary,
             authors, languages, hints ("hub:name[@revision]"), base_license and extra
             (further fields of the manifest), which it may have. See `plan_package`.
-            What the files leave open: from_ (the dialect), scale_from and alpha as in
-            `convert`, initial (folder of the factors before training).
+            What the files leave open: from_ (the dialect), scale_from, alpha, enable_lora
+            and initial as in `convert`.
 
     Raises:
         InputError: something in the folder or the fields cannot be packed; the message
@@ -199,7 +201,7 @@ def validate(
     Args:
         paths: each one of these, a folder of them, or a file in one.
         waivers: see `check`.
-        **how: from_, scale_from and alpha, see `check`.
+        **how: from_, scale_from, alpha, enable_lora, initial and base, see `check`.
 
     Raises:
         InputError: a path does not exist, or the waivers cannot be read.
@@ -214,6 +216,9 @@ def check(
     from_: str | None = None,
     scale_from: "ScaleFrom | None" = None,
     alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    initial: PathLike | None = None,
+    base: PathLike | None = None,
     processes: int = 1,
 ) -> "tuple[Checked, ...]":
     """Return what `validate` does, for each thing that was checked; the waivers' own
@@ -221,26 +226,37 @@ def check(
 
     Args:
         paths: see `validate`.
-        waivers: a file as `validation/waivers.py` describes it; without it, the files
-            `lorahub-waivers.toml` in the folders that hold the paths and what was checked.
+        waivers: a file as `validation/waivers.py` describes it; without it,
+            `lorahub-waivers.toml` in the working directory, unless that is in what is
+            checked.
         from_: the dialect of bare adapter folders, where two could be meant.
         scale_from: which number holds where an MLX config has both: "alpha", "scale".
         alpha: the `lora_alpha` of loralib files.
+        enable_lora: loralib's, which parts of a merged layer (q, k and v) are adapted.
+        initial: folder of the factors before training (PiSSA, OLoRA, CorDA).
+        base: folder of the base of bare adapters, for dialects that need its names.
         processes: how many share the work; see `validation/run.py`.
     """
     from lora_hub.formats.dialect import ReadOptions
     from lora_hub.validation.run import check_all
-    from lora_hub.validation.waivers import apply, beside, read_waivers
+    from lora_hub.validation.waivers import apply, not_believed, own, read_waivers
 
     given = [Path(path) for path in paths]
-    options = ReadOptions(scale_from=scale_from, alpha=alpha)
+    options = ReadOptions(
+        base=None if base is None else Path(base),
+        scale_from=scale_from,
+        alpha=alpha,
+        enable_lora=None if enable_lora is None else tuple(enable_lora),
+        initial=None if initial is None else Path(initial),
+    )
     checked = check_all(
         given, processes=processes, options=options, dialect=_dialect(from_)
     )
-    subjects = [Path(each.subject) for each in checked]
-    files = beside([*given, *subjects]) if waivers is None else (Path(waivers),)
+    places = [*given, *(Path(each.subject) for each in checked)]
+    files = own(places) if waivers is None else (Path(waivers),)
     decisions = [waiver for file in files for waiver in read_waivers(file)]
-    return apply(checked, decisions, today=datetime.now(UTC).date())
+    decided = apply(checked, decisions, today=datetime.now(UTC).date())
+    return (*decided, *not_believed(places, files))
 
 
 def fix(*paths: PathLike) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def to_conv(
         column = own["b"].reshape(*own["b"].shape, *(1,) * axes)
         added = conv(conv(padded, kernel, **where), column)
     if "q" in own:
-        weight = _own(layer, "weight", y) * _by_groups(layer, own["q"])
+        weight = _own(layer, "weight", y) * by_groups(layer, own["q"])
         added = added + conv(padded, weight, groups=layer.groups, **where)
     return y + _of_rows(own, layer, y, added, axes)
 
@@ -154,7 +154,7 @@ def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     return functional.pad(x, sides, mode=layer.padding_mode), 0
 
 
-def _by_groups(layer: nn.Module, q: Tensor) -> Tensor:
+def by_groups(layer: nn.Module, q: Tensor) -> Tensor:
     """Return q in the shape of the weight: a group's rows see that group's channels."""
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if len(q) == layer.in_channels:

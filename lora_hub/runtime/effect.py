@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_hub.adapter.tensor_bytes import TORCH
 from lora_hub.composing.linear import Term, cat
 from lora_hub.runtime.added import ADDED
+from lora_hub.tensors.arrays import FLOATS
 
 # Dtypes that torch computes in. A layer stored in another one, such as fp8, gives float32.
-COMPUTES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+COMPUTES = frozenset(TORCH[name] for name in FLOATS)
 
 # From the output of the layer to which of its rows are adapted, as a mask that broadcasts.
 Gate = Callable[[Tensor], Tensor]
@@ -39,7 +41,7 @@ class Effect:
     __slots__ = ("_added", "_compute", "_gate", "_tensors")
 
     # Not in inference mode, whose tensors could not be used in training afterwards.
-    @torch.inference_mode(mode=False)
+    @torch.inference_mode(False)
     def __init__(
         self,
         terms: Sequence[Term],
@@ -97,7 +99,7 @@ class Effect:
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         if device == self._tensors["a"].device:
             return self._tensors
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             moved = {name: each.to(device) for name, each in self._tensors.items()}
         if device.type != "meta":  # where shapes alone are tried, and numbers would be lost
             self._tensors = moved

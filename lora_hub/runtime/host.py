@@ -6,7 +6,7 @@
     host.detach()                          # the model is the object it was
 
 Parameters are never written to: the effect of what is used rides on forward hooks, which
-exist only while an adapter is used (`act.py`). Most add to what a layer gives
+exist only while an adapter is used (`hooks.py`). Most add to what a layer gives
 (`effect.py`); what replaces a tensor, and what changes experts, stands in for it while its
 module runs (`swap.py`). Where adapters come from is told by `find`; whether they belong to
 the model by `report.py` and `prepare.py`.
@@ -33,11 +33,11 @@ from lora_hub.adapter.load import load
 from lora_hub.errors import FitError, InputError, NotFoundError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base, Policy
-from lora_hub.runtime.act import Acting, Acts
 from lora_hub.runtime.base_view import Known, ModelBase
+from lora_hub.runtime.hooks import Acting, Acts
 from lora_hub.runtime.prepare import Prepared, prepare
 from lora_hub.runtime.report import LoadReport, fit_of, unidentified
-from lora_hub.runtime.same import is_same
+from lora_hub.runtime.same_adapter import is_same
 
 Weights = Mapping[str, float]
 

@@ -1,7 +1,7 @@
 """An adapter made ready for one model: every place found, DoRA resolved, ties followed.
 
 What is decided here does not depend on which adapters act or with what weight; that is the
-matter of `act.py`.
+matter of `hooks.py`.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,6 @@ from lora_hub.adapter.update import Update
 from lora_hub.errors import FitError
 from lora_hub.runtime.effect import COMPUTES
 from lora_hub.runtime.layers import Place, places_of, shared_tensors
-
-_HAVE_FLOAT64 = frozenset({"cpu", "cuda"})
 
 # The id of a tensor in several places → those places, with their names.
 Shared = Mapping[int, tuple[tuple[str, Place], ...]]
@@ -67,7 +65,8 @@ def prepare(model: nn.Module, adapter: Adapter, *, where: str) -> Prepared:
     shared = shared_tensors(model)
     notes = list(_about_convolutions(updates))
     notes += _tie_updates(shared, adapter, updates)
-    notes += _tie_replaced(shared, adapter, replaced)
+    notes += _tie_replaced(shared, adapter, replaced, _input_embedding(model))
+    notes += _about_rows(replaced)
     return Prepared(updates, replaced, tuple(notes))
 
 
@@ -165,7 +164,12 @@ def _tie_updates(
 
 
 def _turned(target: str, place: Place, aimed: Aimed, update: Update) -> Aimed:
-    """Return an embedding's update as the tied linear layer sees it: the transpose."""
+    """Return an embedding's update as a layer tied to it sees it.
+
+    Another embedding sees it as it is, a linear layer the transpose.
+    """
+    if isinstance(place.module, nn.Embedding):
+        return Aimed(place, aimed.update, aimed.dtype)
     if update.magnitude is not None or aimed.update.q is not None:
         raise FitError(
             "DoRA of an embedding is not told for the layer tied to it, whose rows are "
@@ -185,20 +189,25 @@ def _turned(target: str, place: Place, aimed: Aimed, update: Update) -> Aimed:
 
 
 def _tie_replaced(
-    shared: Shared, adapter: Adapter, replaced: dict[str, tuple[Place, Replaced]]
+    shared: Shared,
+    adapter: Adapter,
+    replaced: dict[str, tuple[Place, Replaced]],
+    embedding: nn.Module | None,
 ) -> tuple[str, ...]:
     """Let what replaces a tied tensor replace it in all its places, where PEFT does.
 
     A module that was trained whole is a copy of its own, unless the adapter ties weights;
     and rows of another layer than the input embedding are always. Biases and embeddings
-    saved along are the base's own tensors.
+    saved along are the base's own tensors. Where the model does not say which embedding is
+    that of its input, any is taken for it.
     """
     notes = []
     for name, (place, new) in tuple(replaced.items()):
         is_tied = new.role in ("bias", "embedding") or (
             adapter.ties_weights
             if new.rows is None
-            else isinstance(place.module, nn.Embedding)
+            else place.module is embedding
+            or (embedding is None and isinstance(place.module, nn.Embedding))
         )
         for other, also in _tied(shared, place):
             if other in adapter.replaced:
@@ -209,6 +218,16 @@ def _tie_replaced(
             replaced[other] = (also, new)
             notes.append(f"{other} is replaced with {name}, to which it is tied")
     return tuple(notes)
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return what a model of transformers calls its input embedding."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        found = ask() if callable(ask) else None
+    except NotImplementedError:  # a model that has none
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _tied(shared: Shared, place: Place) -> list[tuple[str, Place]]:
@@ -232,4 +251,16 @@ def _about_convolutions(updates: Mapping[str, Aimed]) -> tuple[str, ...]:
             (padded := module.padding_mode != "zeros")
             or any(step != 1 for step in module.dilation)
         )
+    )
+
+
+def _about_rows(replaced: Mapping[str, tuple[Place, Replaced]]) -> tuple[str, ...]:
+    """Name linear layers of whose rows PEFT's own forward forgets the bias."""
+    return tuple(
+        f"{name.removesuffix('.weight')} keeps its bias; PEFT attached leaves it out where "
+        "rows of the weight were trained"
+        for name, (place, new) in replaced.items()
+        if new.rows is not None
+        and isinstance(place.module, nn.Linear)
+        and place.module.bias is not None
     )

@@ -77,7 +77,7 @@ def unidentified(adapter: Adapter) -> tuple[str, ...]:
     """Say which targets of a composed adapter nobody compared with a recorded base."""
     if adapter.base is None:
         return ()
-    recorded = {each.tensor or f"{each.module}.weight" for each in adapter.base.targets}
+    recorded = {each.name for each in adapter.base.targets}
     changed = {
         target if update.layer == "experts" else f"{target}.weight"
         for target, update in adapter.updates.items()

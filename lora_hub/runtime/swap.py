@@ -7,6 +7,7 @@ parameter back. The `Parameter` itself is never written to, and outside of a for
 module holds it as ever.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from lora_hub.adapter.adapter import Replaced
 from lora_hub.adapter.layout import from_matrix, to_matrix
-from lora_hub.adapter.update import Update, columns_of
+from lora_hub.adapter.update import Update
 from lora_hub.composing.linear import Term
+from lora_hub.errors import InputError
+from lora_hub.runtime.added import by_groups
 from lora_hub.runtime.layers import Place
 
 
@@ -56,7 +59,8 @@ class Swap:
         self.place = place
         self._parts = tuple(parts)
         self._terms = tuple(_folded(update, weight, place) for update, weight in terms)
-        self._held: list[Tensor | None] = []  # what to put back, for each open forward
+        # For each open forward its thread and what to put back.
+        self._held: list[tuple[int, Tensor | None]] = []
         self._kept: tuple[tuple[int, int, torch.device, torch.dtype], Tensor] | None = None
 
     @property
@@ -69,24 +73,39 @@ class Swap:
             return True
         return bool(self._replaced(own).isfinite().all())
 
+    # torch.compile leaves both as they are: it sees neither threads nor a tensor kept.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
     def before(self, module: nn.Module, _args: object) -> None:
-        """Put the new tensor in; called by torch before the forward."""
+        """Put the new tensor in; called by torch before the forward.
+
+        Raises:
+            InputError: another thread is in the module's forward, and the end of one would
+                take the tensor from under the other.
+        """
         home, name = _home(module, self.place.name), self.place.name
+        thread = threading.get_ident()
+        if any(other != thread for other, _ in self._held):
+            raise InputError(
+                "the model is called by two threads at once, while an adapter is used that "
+                f"replaces or changes the {name} of a {type(module).__name__}",
+                hint="call the model from one thread at a time",
+            )
         own = home[name]
-        self._held.append(own)
+        self._held.append((thread, own))
         assert own is not None
         if len(self._held) == 1:  # a forward inside a forward finds it in place
             home[name] = self._value(own)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
     def after(self, module: nn.Module, _args: object, _output: object) -> None:
         """Put the parameter back; called by torch after a forward, also a failed one."""
-        if self._held:
-            _home(module, self.place.name)[self.place.name] = self._held.pop()
+        if self._held and self._held[-1][0] == threading.get_ident():
+            _home(module, self.place.name)[self.place.name] = self._held.pop()[1]
 
     def restore(self) -> None:
         """Put the parameter back whatever was left open, as by an interrupt."""
         if self._held:
-            _home(self.place.module, self.place.name)[self.place.name] = self._held[0]
+            _home(self.place.module, self.place.name)[self.place.name] = self._held[0][1]
             self._held.clear()
 
     def _value(self, own: Tensor) -> Tensor:
@@ -97,8 +116,10 @@ class Swap:
         version = 0 if own.is_inference() else own._version  # noqa: SLF001
         now = own.data_ptr(), version, own.device, own.dtype
         if own.is_meta or self._kept is None or self._kept[0] != now:
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 value = replaced_by(own.detach(), self._parts, self.place)
+                if value.is_inference():  # could not be used in training afterwards
+                    value = value.clone()
             if own.is_meta:  # where shapes alone are tried
                 return value
             self._kept = now, value
@@ -156,8 +177,10 @@ def _scaled(weight: Tensor, update: Update, place: Place) -> Tensor:
     if update.p is not None:
         change += update.p[:, None].to(matrix.dtype).to(matrix.device) * matrix
     if update.q is not None:
-        q = columns_of(update.q, matrix.shape[-1])
-        change += matrix * q.to(matrix.dtype).to(matrix.device)
+        q = update.q.to(matrix.dtype).to(matrix.device)
+        is_conv = update.layer == "conv"  # whose groups have columns of their own
+        columns = by_groups(place.module, q).flatten(start_dim=1) if is_conv else q
+        change += matrix * columns
     return from_matrix(
         change, tuple(weight.shape), update.layer, is_transposed=place.is_transposed
     )

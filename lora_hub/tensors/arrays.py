@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+# How numpy spells them; it has no bfloat16.
+NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 # What `floats` can read.
-FLOATS = frozenset({*_NUMPY, "BF16"})
+FLOATS = frozenset({*NUMPY, "BF16"})
 
 
 def floats(
@@ -26,4 +27,4 @@ def floats(
         # bf16 is the upper half of a float32.
         wide = np.frombuffer(data, dtype="<u2").astype("<u4") << 16
         return wide.view("<f4").reshape(shape)
-    return np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(shape)
+    return np.frombuffer(data, dtype=NUMPY[dtype]).reshape(shape)

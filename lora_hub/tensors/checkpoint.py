@@ -15,6 +15,7 @@ from typing import Any, Self
 from lora_hub import strict_json
 from lora_hub.errors import DocumentError, InputError
 from lora_hub.tensors.file import TensorFile
+from lora_hub.tensors.foreign import PICKLE_SUFFIXES
 from lora_hub.tensors.header import TensorInfo
 
 STEM = "model"
@@ -22,7 +23,6 @@ _INDEX = ".safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
 INDEX_NAME = f"{STEM}{_INDEX}"
 CONFIG_NAME = "config.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 # A million tensors with names of sixty characters.
 MAX_INDEX_BYTES = 100_000_000
@@ -197,7 +197,7 @@ def _no_checkpoint(folder: Path) -> InputError:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         return InputError(f"cannot be read: {error.strerror}", where=where)
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         return InputError(
             f"holds weights only as a pickle ({pickles[0]}), which runs code when opened",

@@ -45,9 +45,10 @@ class TensorFile:
         header: the file's strict header.
         where: what to call the file in messages.
         identity: of the file on disk; None when the bytes were given in memory.
+        was_read: whether anybody has asked for bytes of the tensors.
     """
 
-    __slots__ = ("_bytes", "header", "identity", "where")
+    __slots__ = ("_bytes", "header", "identity", "was_read", "where")
 
     def __init__(
         self, header: Header, data: _Bytes, *, where: str, identity: Identity | None = None
@@ -55,6 +56,7 @@ class TensorFile:
         self.header = header
         self.where = where
         self.identity = identity
+        self.was_read = False
         self._bytes = data
 
     @classmethod
@@ -127,6 +129,7 @@ class TensorFile:
             InputError: the disk refuses.
         """
         begin, end = self._range(name, start, stop)
+        self.was_read = True
         return self._bytes.read(begin, end)
 
     def whole(self) -> memoryview:
@@ -134,12 +137,14 @@ class TensorFile:
 
         Nothing is copied of a file given by `from_bytes`. Errors as `read`.
         """
+        self.was_read = True
         return self._bytes.read(self.header.data_start, self.header.file_size)
 
     def read_into(self, name: str, start: int, buffer: bytearray | memoryview) -> None:
         """Fill the buffer with a tensor's bytes from `start` on; errors as `read`."""
         view = memoryview(buffer).cast("B")
         begin, _ = self._range(name, start, start + view.nbytes)
+        self.was_read = True
         self._bytes.read_into(begin, view)
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:

@@ -5,13 +5,16 @@ Pickles and archives are named and refused; nothing here opens them.
 
 from lora_hub.errors import TensorFileError
 
+# How names of pickles end, and how those of protocols 2 to 5 begin. Opening one runs code
+# of its author.
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLE_HEADS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+LFS_HEAD = b"version https://git-lfs"
+
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it"),
-    (b"\x80\x02", "a Python pickle"),
-    (b"\x80\x03", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"\x80\x05", "a Python pickle"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    *((head, "a Python pickle") for head in PICKLE_HEADS),
+    (LFS_HEAD, "a Git LFS pointer, not the file itself"),
     (b"GGUF", "a GGUF file"),
     (b"\x93NUMPY", "a numpy array"),
     (b"\x89HDF", "an HDF5 file"),

@@ -18,6 +18,8 @@ EXAMPLES = {
     "compose_two.py": "210 targets in",
     "merge_checkpoint.py": "210 of them changed",
     "validate_in_ci.sh": "2 names, 0 problems",
+    "any_adapter.py": "attached and merged as in PEFT",
+    "for_engines.py": "refused: vLLM would not compute this adapter",
 }
 # Run by other tests, or by `make`.
 ELSEWHERE = {"build_registry.py", "demo.py", "get_base.py"}

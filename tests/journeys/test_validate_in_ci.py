@@ -98,11 +98,15 @@ def test_all_formats_tell_of_the_same_findings(repository, capsys):
     ] == rules
 
 
-def test_waivers_beside_the_adapters_are_found_and_let_the_run_pass(repository, capsys):
-    (repository / "adapters" / "lorahub-waivers.toml").write_text(
-        '[[waiver]]\nrule = "LH012"\nwhere = "verse/*.py"\nreason = "a sample"\n'
+def waive(file, where):
+    file.write_text(
+        f'[[waiver]]\nrule = "LH012"\nwhere = "{where}"\nreason = "a sample"\n'
         "until = 9999-12-31\n"
     )
+
+
+def test_waivers_of_the_repository_are_found_and_let_the_run_pass(repository, capsys):
+    waive(repository / "lorahub-waivers.toml", "adapters/verse/*.py")
 
     passed = run(["validate", "adapters", "--format", "json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
@@ -113,6 +117,50 @@ def test_waivers_beside_the_adapters_are_found_and_let_the_run_pass(repository, 
         "LH012": "a sample"
     }
     assert elsewhere == 2
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "adapters", "adapters/verse"], ids=["given", "above", "itself"]
+)
+def test_waivers_that_came_with_what_is_checked_waive_nothing(folder, repository, capsys):
+    waive(repository / folder / "lorahub-waivers.toml", "*")
+
+    code = run(["validate", ".", "--format", "json"])
+
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (told,) = (one for one in findings if one["rule"] == "LH065")
+    assert code == 1
+    assert told["where"] == str(Path(folder) / "lorahub-waivers.toml")
+    assert [one["rule"] for one in findings if one["waived"]] == []
+
+
+def test_user_who_stands_in_the_adapter_believes_none_of_its_waivers(
+    repository, capsys, monkeypatch
+):
+    waive(repository / "adapters/verse/lorahub-waivers.toml", "*")
+    monkeypatch.chdir(repository / "adapters/verse")
+
+    codes = [run(["validate", path]) for path in (".", "lorahub.json", "../verse")]
+    trusted = run(["validate", "--waivers", "lorahub-waivers.toml", "."])
+
+    assert codes == [1, 1, 1]
+    assert trusted == 0
+    assert "waived error LH012" in capsys.readouterr().out
+
+
+def test_ci_believes_the_waivers_of_its_own_repository(repository):
+    waive(repository / "lorahub-waivers.toml", "adapters/verse/*.py")
+    job = yaml.safe_load((ROOT / "ci-templates/gitlab.yml").read_text())[
+        ".lorahub-validate"
+    ]
+    script, env = action_steps()["Validate"]
+
+    action = bash(script, cwd=repository, **env)
+    gitlab = bash("\n".join(job["script"]), cwd=repository, **job["variables"])
+
+    assert (action.returncode, gitlab.returncode) == (0, 0), action.stdout + gitlab.stderr
+    assert "waived LH012" in action.stdout
+    assert "waived error LH012" in gitlab.stdout
 
 
 def _private_key():

@@ -25,6 +25,7 @@ from lora_hub.tensors.file import TensorFile
 from tests import adapters
 from tests.adapters import (
     CONV,
+    CONVS,
     EMBEDDING,
     GATE_UP,
     K0,
@@ -68,7 +69,7 @@ def layers(kind, says, pair):
         if "experts" in says and named:
             found[min(named)] = "experts"
     elif "convolutions" in says:
-        found[CONV] = "conv"
+        found |= dict.fromkeys(CONVS, "conv")
     return found
 
 
@@ -81,7 +82,10 @@ def adapter_parts(draw, says, pair):
     # PEFT knows DoRA and a bias beside the factors for all targets or none.
     more = draw(st.sampled_from(["", *sorted(says & {"dora", "lora_bias"})]))
     if more:
-        of = {target: layer for target, layer in of.items() if layer in ("linear", "conv")}
+        kept = {"linear", "conv"}
+        if more == "dora" and set(pair) == {"peft"}:
+            kept.add("embedding")  # MLX-LM's magnitudes of an embedding are others
+        of = {target: layer for target, layer in of.items() if layer in kept}
     targets = draw(st.lists(st.sampled_from(sorted(of)), min_size=1, unique=True))
     dtypes = ["F32", "F16", "BF16"] + (["F64"] if "float64" in says else [])
     dtype = draw(st.sampled_from(dtypes))
@@ -104,6 +108,7 @@ def adapter_parts(draw, says, pair):
                 rule=rule,
                 dtype=dtype,
                 layer=of[target],
+                kernel=CONVS.get(target, ()),
                 experts=2 if of[target] == "experts" else 1,
                 dora=more == "dora",
                 bias=more == "lora_bias",
@@ -229,6 +234,37 @@ BESIDE = {
     "scales": scaling_outputs,
     "alora": lambda source, one: replace(source, alora_tokens=(1, 2)),
 }
+
+
+WHOLE = [
+    (one, two, feature)
+    for one, two in PAIRS
+    for feature in ("ties", *BESIDE)
+    if feature in DIALECTS[one].says & DIALECTS[two].says
+]
+
+
+@pytest.mark.parametrize(("one", "two", "feature"), WHOLE)
+def test_what_stands_beside_the_updates_comes_through_two_dialects(one, two, feature):
+    adapter = needing(feature, "language", one)
+
+    found = through(two, through(one, adapter, None, 2.0), None, 2.0)
+
+    assert adapters.content(found) == adapters.content(adapter)
+    assert found.alora_tokens == adapter.alora_tokens
+    assert beside(found) == beside(adapter)
+
+
+def beside(source):
+    """Return what replaces tensors of the base, with its numbers."""
+    return [
+        (r.name, r.role, r.rows, r.tensor.dtype, r.tensor.shape, numbers(source, r.tensor))
+        for r in source.replacements
+    ]
+
+
+def numbers(source, tensor):
+    return bytes(source.tensors.read(tensor.name))
 
 
 CASES = list(itertools.product(DIALECTS, FEATURES))

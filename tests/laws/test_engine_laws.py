@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lora_hub.errors import LossyConversion
 from lora_hub.formats import factors
 from lora_hub.formats.engines.fit import check, fit
-from lora_hub.formats.engines.fold import is_power_of_two, times
 from lora_hub.formats.engines.table import ENGINES
 from lora_hub.formats.factors import Factors
+from lora_hub.formats.fold import is_power_of_two, times
 from lora_hub.formats.matrices import Matrix
 from tests.adapters import LANGUAGE, numbers, part, source
 

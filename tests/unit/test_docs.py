@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -192,3 +193,42 @@ def test_cli_page_tells_of_every_exit_code():
 
     ours = {0, 1, main.BUG, main.INTERRUPTED, main.UNREAD}
     assert {int(code) for code in told} == raised | ours
+
+
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
+PAGES += [f"docs/{path.name}" for path in sorted(DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_names_only_files_and_pages_that_are_there(page):
+    text = (ROOT / page).read_text()
+    held = [
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("lora_hub", "tests", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text))
+    linked = re.findall(r"\]\(([\w/]+\.md)", text)
+
+    lost = {name for name in named if not any(path.endswith(f"/{name}") for path in held)}
+    assert lost == set()
+    assert [
+        link for link in linked if not (ROOT / page).parent.joinpath(link).is_file()
+    ] == []
+
+
+def test_every_part_of_the_house_is_drawn_and_stands_in_a_layer():
+    house = sections("../ARCHITECTURE.md")["The house"]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    parts = {
+        path.name
+        for path in (ROOT / "lora_hub").iterdir()
+        if path.is_dir() or path.suffix == ".py"
+    } - {"__init__.py", "__pycache__"}
+
+    drawn = set(re.findall(r"\w+(?:\.py|(?=/))", house)) - {"lora_hub"}
+    layered = re.findall(r"lora_hub\.(\w+)", " ".join(contract["contracts"][0]["layers"]))
+
+    assert parts <= drawn
+    assert sorted(layered) == sorted(part.removesuffix(".py") for part in parts)

@@ -7,16 +7,16 @@ import click
 
 from lora_hub.cli import options, terminal
 
-# As in `formats/detect.py`, which is not imported for a help text; a test compares them.
-DIALECTS = ["peft", "mlx", "kohya", "diffusers", "loralib", "gguf"]
-
-# As in `formats/engines/table.py`, likewise.
+# As in `formats/engines/table.py`, which is not imported for a help text; a test compares
+# them.
 ENGINES = ["vllm", "sglang", "llama.cpp", "lorax"]
 
 
 @click.command()
 @click.argument("src")
-@click.option("--to", required=True, type=click.Choice(DIALECTS), help="What to write.")
+@click.option(
+    "--to", required=True, type=click.Choice(options.DIALECTS), help="What to write."
+)
 @click.option(
     "--for",
     "engine",
@@ -27,7 +27,7 @@ ENGINES = ["vllm", "sglang", "llama.cpp", "lorax"]
 @click.option(
     "--from",
     "dialect",
-    type=click.Choice(DIALECTS),
+    type=click.Choice(options.DIALECTS),
     help="What SRC is, where two dialects could be meant.",
 )
 @click.option(
@@ -44,6 +44,7 @@ ENGINES = ["vllm", "sglang", "llama.cpp", "lorax"]
 @click.option(
     "--enable-lora",
     metavar="FLAGS",
+    callback=options.flags,
     help="Which parts of a merged layer a loralib file adapts, q, k and v: 1,0,1.",
 )
 @click.option(
@@ -62,7 +63,7 @@ def command(
     base: Path | None,
     scale_from: Literal["alpha", "scale"] | None,
     alpha: float | None,
-    enable_lora: str | None,
+    enable_lora: tuple[bool, ...] | None,
     initial: Path | None,
     registry: str | None,
     as_json: bool,
@@ -84,7 +85,7 @@ def command(
         base=base,
         scale_from=scale_from,
         alpha=alpha,
-        enable_lora=None if enable_lora is None else _flags(enable_lora),
+        enable_lora=enable_lora,
         initial=initial,
         registry=registry,
     )
@@ -99,10 +100,3 @@ def command(
     )
     for note in done.notes:
         terminal.note(note)
-
-
-def _flags(text: str) -> tuple[bool, ...]:
-    words = text.split(",")
-    if not set(words) <= {"0", "1"}:
-        raise click.BadParameter("give 0 or 1 for each part, as in 1,0,1")
-    return tuple(word == "1" for word in words)

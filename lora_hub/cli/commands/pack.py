@@ -1,7 +1,8 @@
 """`lorahub pack`: an adapter folder and its base → a package."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -49,12 +50,7 @@ from lora_hub.cli import options, terminal
     metavar="FILE",
     help="A JSON object of further fields: training, evaluation, lineage, runtime, …",
 )
-@options.reading
-@click.option(
-    "--initial",
-    type=options.FOLDER,
-    help="The folder of the factors before training (PiSSA, OLoRA, CorDA).",
-)
+@options.reading(with_base=False)
 @click.option("--dry-run", is_flag=True, help="Say what would be packed; write nothing.")
 @options.as_json
 def command(
@@ -71,10 +67,7 @@ def command(
     hints: tuple[str, ...],
     base_license: str | None,
     extra: Path | None,
-    from_: str | None,
-    scale_from: Literal["alpha", "scale"] | None,
-    alpha: float | None,
-    initial: Path | None,
+    how: Mapping[str, Any],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -102,10 +95,7 @@ def command(
         hints=hints,
         base_license=base_license,
         extra=strict_json.read_object(extra) if extra else None,
-        from_=from_,
-        scale_from=scale_from,
-        alpha=alpha,
-        initial=initial,
+        **how,
     )
     if out is not None and not dry_run:
         write_package(plan, out)

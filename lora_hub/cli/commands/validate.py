@@ -1,8 +1,9 @@
 """`lorahub validate`: findings for CI."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -32,9 +33,9 @@ FOUND = 1
     "--waivers",
     type=options.PATH,
     metavar="FILE",
-    help="Findings to live with. Default: lorahub-waivers.toml beside the paths.",
+    help="Findings to live with. Default: lorahub-waivers.toml here, if not in PATHS.",
 )
-@options.reading
+@options.reading()
 @click.option(
     "--fix",
     is_flag=True,
@@ -45,9 +46,7 @@ def command(
     form: str,
     fail_on: Severity,
     waivers: Path | None,
-    from_: str | None,
-    scale_from: Literal["alpha", "scale"] | None,
-    alpha: float | None,
+    how: Mapping[str, Any],
     fix: bool,
 ) -> int:
     """Check packages, adapter folders and registries at and below PATHS.
@@ -60,14 +59,7 @@ def command(
     if fix:
         for change in packaging.fix(*paths):
             terminal.talk(change)
-    checked = packaging.check(
-        *paths,
-        waivers=waivers,
-        from_=from_,
-        scale_from=scale_from,
-        alpha=alpha,
-        processes=os.cpu_count() or 1,
-    )
+    checked = packaging.check(*paths, waivers=waivers, processes=os.cpu_count() or 1, **how)
     terminal.out(REPORTS[form](checked, fail_on))
     fails = any(one.fails(fail_on) for each in checked for one in each.findings)
     return FOUND if fails else 0

@@ -1,6 +1,6 @@
 """An adapter as a serving engine computes it, or the refusal that says why it cannot.
 
-    source ─ check ─ whole ─ even ─→ AdapterSource with one scaling (and one rank)
+    source ─ check ─ zero_updates ─ one_scaling ─→ AdapterSource with one scaling
 
 What is then written as PEFT's directory has the same delta on every target, up to the
 error that is told.
@@ -16,12 +16,12 @@ from lora_hub.errors import InputError, LoraHubError
 from lora_hub.formats import factors
 from lora_hub.formats.engines import refused
 from lora_hub.formats.engines.base import is_own, modules_of, opened
-from lora_hub.formats.engines.even import even, notes
-from lora_hub.formats.engines.fold import NORMAL
+from lora_hub.formats.engines.one_scaling import notes, with_one_scaling
 from lora_hub.formats.engines.table import ENGINES, Engine
-from lora_hub.formats.engines.whole import whole
+from lora_hub.formats.engines.zero_updates import with_zero_updates
 from lora_hub.formats.factors import Chunks
 from lora_hub.formats.files import CONFIG_NAME
+from lora_hub.formats.fold import NORMAL
 from lora_hub.formats.source import AdapterSource
 
 # What comparing in float64 may itself be off.
@@ -74,8 +74,8 @@ def fit(source: AdapterSource, engine: Engine, base: Path | None = None) -> Fitt
         slim = replace(source, replacements=kept)
         refused.check(slim, engine)
         modules = modules_of(checkpoint) if checkpoint else None
-    parts, added = whole(factors.of_source(slim), engine, modules)
-    found = even(parts, engine)
+    parts, added = with_zero_updates(factors.of_source(slim), engine, modules)
+    found = with_one_scaling(parts, engine)
     where = source.tensors.where
     made = factors.to_source(found.parts, where=where, base_name=source.base_name)
     told = [*added, *notes(found, engine)]

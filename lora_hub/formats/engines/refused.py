@@ -29,14 +29,6 @@ def _roles(role: str) -> Finder:
     return lambda source: [each.name for each in source.replacements if each.role == role]
 
 
-def _is_of_pipeline(target: str) -> bool:
-    # GPT-2's names begin with `transformer.` too: `transformer.h.0.attn.c_attn`.
-    component, rest = of_component(target)
-    return bool(component) and (
-        component != "transformer" or "transformer_blocks" in rest.partition(".")[0]
-    )
-
-
 # name → in words, and where an adapter asks for it
 FEATURES: Mapping[str, tuple[str, Finder]] = {
     "alora": (
@@ -51,7 +43,7 @@ FEATURES: Mapping[str, tuple[str, Finder]] = {
     "components": (
         "targets in components of a pipeline",
         lambda source: [
-            update.target for update in source.updates if _is_of_pipeline(update.target)
+            update.target for update in source.updates if of_component(update.target)[0]
         ],
     ),
     "conv": ("updates of convolutions", _layers("conv")),

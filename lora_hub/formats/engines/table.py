@@ -3,17 +3,12 @@
 An engine reads some of what PEFT's config says, ignores other keys in silence and rejects
 some. A row says which, where that is written, and at which version it was read. What is
 not in `cannot` is computed as PEFT does; what an engine ignores is put into the factors
-(`even.py`, `whole.py`) or refused (`refused.py`).
+(`one_scaling.py`, `zero_updates.py`) or refused (`refused.py`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
-
-# How an engine finds the scaling of a target: by the config's alpha and rank, or by the
-# config's alpha and the rank of the target's own factors.
-ScalesBy = Literal["config", "own rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +21,8 @@ class Engine:
         read_at: the version whose source was read.
         source: where it says so.
         writes: the dialects it can be given.
-        scales_by: see `ScalesBy`.
-        has_one_rank: whether all factors must have the rank of the config.
+        has_one_rank: whether it divides alpha by the rank of the config, which all factors
+            must then have; else by the rank of each target's own.
         rank_step: ranks are raised to a multiple of this.
         rank_limits: the values of the flag that limits ranks; empty where any number is.
         rank_flag: its name.
@@ -44,7 +39,6 @@ class Engine:
     source: str
     cannot: Mapping[str, str]
     writes: tuple[str, ...] = ("peft",)
-    scales_by: ScalesBy = "config"
     has_one_rank: bool = True
     rank_step: int = 1
     rank_limits: tuple[int, ...] = ()
@@ -141,7 +135,6 @@ LLAMA_CPP = Engine(
     read_at="commit 0b03ada",
     source="convert_lora_to_gguf.py",
     writes=("peft", "gguf"),
-    scales_by="own rank",
     has_one_rank=False,
     cannot={
         "bias": _BREAKS,

@@ -69,6 +69,19 @@ def test_experts_saved_one_by_one_are_the_fused_weight(tmp_path, make):
     assert len(fused) == 2
 
 
+@pytest.mark.parametrize("make", [mixtral, qwen])
+def test_routers_are_found_under_their_names_in_files(tmp_path, make):
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.gate.weight"
+
+    with FolderBase.open(tmp_path) as view:
+        data = model.state_dict()[name].contiguous().view(torch.uint8).numpy().tobytes()
+
+        assert view.digest(name) == "sha256:" + hashlib.sha256(data).hexdigest()
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -107,6 +120,12 @@ def test_a_head_is_tied_where_the_config_says_so_or_nothing():
         )
     untied = BaseConfig(tie_word_embeddings=False)
     assert stored(tensors, untied, "lm_head.weight") is None
+
+
+def test_a_name_that_ends_like_an_embeddings_is_none():
+    tensors = {"model.unshared.weight": ("F32", (8, 2))}
+
+    assert stored(tensors, BaseConfig(tie_word_embeddings=True), "lm_head.weight") is None
 
 
 def test_of_two_embeddings_none_is_the_head():

@@ -30,6 +30,7 @@ TENSORS = {
     "model.layers.0.grouped.weight": (8, 2, 3),
     "model.layers.0.mlp.experts.gate_up_proj": (3, 10, 4),
     "model.layers.0.attn.c_attn.weight": (4, 12),
+    "model.layers.0.shared_expert.up_proj.weight": (6, 4),
     "score.weight": (2, 4),
 }
 
@@ -174,6 +175,11 @@ def test_an_update_of_a_new_head_is_compared_with_the_new_head(tmp_path):
             "resizing the vocabulary from 32 to 40: model.embed_tokens.weight",
         ),
         (
+            # Other rows than in the base, and no row of it is a word's.
+            update("model.layers.0.shared_expert.up_proj", (2, 4), (8, 2)),
+            "shared_expert.up_proj.weight is 6×4, the adapter's delta is 8×4",
+        ),
+        (
             update(CONV, (2, 2, 5, 3), (8, 2, 1, 1), layer="conv"),
             "conv.weight is 8×2×3×5, the adapter's delta is 8×2×5×3",
         ),
@@ -254,3 +260,38 @@ def test_a_base_saved_without_its_prefix_is_found(tmp_path):
             found = check_structure(source(PLAIN), view)
             assert found.weights == (f"{Q}.weight",)
             assert view.digest(found.places[f"{Q}.weight"].parts[0]) is not None
+
+
+def head(name, *shape):
+    return Replacement(name, "modules_to_save", info(*shape))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "reason"),
+    [
+        (
+            [head("model.layers.0.q_proj.weight", 6, 4)],
+            "model.layers.0.q_proj.weight anew and not model.layers.0.q_proj.bias",
+        ),
+        (
+            [head("score.weight", 2, 4), head("score.bias", 2)],
+            "score.bias does not exist, and score.weight does",
+        ),
+        (
+            [head("score.weight", 2, 4), head("score.weight.extra", 2)],
+            "score.weight.extra does not exist, and score.weight does",
+        ),
+        (
+            [head("score.weight", 2, 4), head("score.lora_C.weight", 2)],
+            "score.lora_C.weight does not exist, and score.weight does",
+        ),
+    ],
+)
+def test_a_layer_saved_whole_holds_what_the_bases_own_does(tmp_path, replaced, reason):
+    with (
+        FolderBase.open(base(tmp_path / "base")) as view,
+        pytest.raises(FitError) as error,
+    ):
+        check_structure(source(*replaced), view)
+
+    assert any(reason in one for one in error.value.reasons)

@@ -54,9 +54,25 @@ except lora_hub.LoraHubError as error:
     assert without_torch(program).stdout == "2 pip install 'lora-hub[torch]'\n"
 
 
+ADAPTER = str(ROOT / "tests/assets/adapters/shakespeare")
+OUT = ["--out", "{out}"]
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["validate", str(ROOT / "registry")], ["inspect", "style/milton", *REGISTRY]],
+    [
+        ["validate", str(ROOT / "registry")],
+        ["validate", ADAPTER, "--format", "sarif"],
+        ["inspect", "style/milton", *REGISTRY],
+        ["inspect", ADAPTER],
+        ["convert", ADAPTER, "--to", "mlx", *OUT],
+        ["convert", ADAPTER, "--to", "peft", "--for", "vllm", *OUT],
+        ["convert", "style/milton", "--to", "peft", "--for", "lorax", *OUT, *REGISTRY],
+    ],
 )
-def test_the_packaging_half_works_without_torch(arguments):
-    assert without_torch(COMMAND, *arguments).returncode == 0
+def test_the_packaging_half_works_without_torch(arguments, tmp_path):
+    said = [text.format(out=tmp_path / "out") for text in arguments]
+
+    result = without_torch(COMMAND, *said)
+
+    assert result.returncode == 0, result.stderr

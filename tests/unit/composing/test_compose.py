@@ -307,3 +307,31 @@ def test_ties_must_agree_where_they_matter():
     assert compose([(tied, 1.0), (adapter("a"), 1.0)]).ties_weights
     with pytest.raises(ComposeError, match="with the input embedding, adapter 2 does not"):
         compose([(tied, 1.0), (embedding(), 1.0)])
+
+
+def test_a_replaced_bias_and_another_ones_scaling_of_it_are_refused():
+    new = {"a.bias": Replaced(torch.ones(3), "bias")}
+    scaled = replace(adapter("a").updates["a"], bias_scale=torch.ones(3).double())
+    scaling = Adapter({"a": scaled})
+    both = Adapter({"a": scaled}, replaced=new)
+
+    with pytest.raises(
+        ComposeError, match="replaces the bias, another one scales"
+    ) as error:
+        compose([(adapter("a", replaced=new), 1.0), (scaling, 0.5)])
+
+    assert error.value.where == "a.bias"
+    assert compose([(both, 1.0), (adapter("b"), 0.5)]).replaced == new
+
+
+def test_an_update_that_may_be_of_the_tied_head_is_not_lost_in_a_sum():
+    embedding = Update(
+        torch.randn(2, 9), torch.randn(4, 2), torch.ones(2).double(), layer="embedding"
+    )
+    tied = Adapter({"embed": embedding}, ties_weights=True, name="tied")
+
+    with pytest.raises(ComposeError, match="tied changes the output embedding"):
+        compose([(tied, 1.0), (adapter("head", shape=(9, 4)), 1.0)])
+
+    other = adapter("other", shape=(4, 9))
+    assert compose([(tied, 1.0), (other, 1.0)]).ties_weights

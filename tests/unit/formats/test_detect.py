@@ -209,7 +209,7 @@ def test_config_of_two_dialects_is_asked_about(tmp_path):
 
     assert "can be read as PEFT's: adapter_config.json names" in error.value.problem
     assert "or as MLX-LM's: adapter_config.json names" in error.value.problem
-    assert error.value.hint.endswith("--from`: peft or mlx")
+    assert error.value.hint.endswith("--from: peft or mlx")
     with pytest.raises(FormatError, match="'fine_tune_type' is not known"):
         open_adapter(tmp_path, dialect="peft")
 

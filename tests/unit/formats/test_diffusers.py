@@ -5,6 +5,10 @@ import json
 import pytest
 
 from lora_hub.errors import FormatError, LossyConversion
+from lora_hub.formats import diffusers
+from lora_hub.formats.base_names import of_component
+from lora_hub.formats.dialect import Glance
+from lora_hub.tensors.file import TensorFile
 from tests import adapters
 from tests.adapters import CONV, PIPELINE, Q0, TEXT, TO_OUT, TO_Q, part, source
 from tests.builders import tensor_bytes
@@ -258,3 +262,60 @@ def test_magnitude_is_read_in_the_shapes_that_tools_save(name, shape):
     (update,) = read({**PAIR, f"{TO_Q}.{name}": ("F32", shape)}).updates
 
     assert update.magnitude.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "transformer.h.0.attn.c_attn",
+        "transformer.wte",
+        "transformer.blocks.3.attn.Wqkv",
+        "transformer.blocks.3.ffn.experts.mlp",
+        "transformer.encoder.layers.1.self_attention.query_key_value",
+        "transformer.word_embeddings",
+    ],
+)
+def test_a_language_model_whose_layers_lie_in_a_transformer_is_no_pipeline(target):
+    names = {f"{target}.lora_A.weight": A, f"{target}.lora_B.weight": B}
+    glance = Glance("file.safetensors", b"", header(names))
+
+    assert diffusers.claim_weights(glance) is None
+    assert of_component(target) == ("", target)
+    with pytest.raises(LossyConversion, match="lies in no component of a pipeline"):
+        adapters.written("diffusers", source(part(target, shape=(8, 8))))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "transformer.transformer_blocks.0.attn.to_q",
+        "transformer.single_transformer_blocks.0.proj_mlp",
+        "transformer.blocks.0.attn1.to_q",  # Wan
+        "transformer.blocks.0.ffn.net.0.proj",
+        "transformer.layers.0.attention.to_q",  # Z-Image
+        "transformer.context_embedder",
+        "transformer_2.blocks.0.attn1.to_q",
+    ],
+)
+def test_a_transformer_of_a_pipeline_is_a_component(target):
+    adapter = source(part(target, shape=(8, 8)))
+
+    again = adapters.read_back("diffusers", adapters.written("diffusers", adapter))
+
+    assert adapters.content(again) == adapters.content(adapter)
+
+
+def test_a_name_without_component_beside_names_with_one_is_refused():
+    other = "mid_block.attn1.to_k"
+    names = {
+        f"{module}.lora_{which}.weight": shape
+        for module in (TO_Q, other)
+        for which, shape in (("A", A), ("B", B))
+    }
+
+    with pytest.raises(FormatError, match=f"'{other}.* begins with no component"):
+        read(names)
+
+
+def header(tensors):
+    return TensorFile.from_bytes(tensor_bytes(tensors), where="file").header

@@ -294,7 +294,11 @@ def file_of(path, tensors, **fields):
 A, B = np.zeros((2, 8), "f4"), np.zeros((8, 2), "f4")
 UP = "blk.0.ffn_up.weight.lora_"
 BAD = {
-    "a whole model": ({}, {"general.type": "model"}, "is a GGUF of 'model'"),
+    "a whole model": (
+        {},
+        {"general.type": "model"},
+        "is a GGUF of a model, expected one of a LoRA adapter",
+    ),
     "aLoRA": ({}, {"adapter.alora.invocation_tokens": [1, 2]}, "aLoRA"),
     "nothing": ({}, {}, "holds no factors"),
     "one factor": ({f"{UP}a": A}, {}, "one factor and not the other"),

@@ -21,19 +21,33 @@ def text(value):
 
 
 BAD = {
-    "too short": (b"GGUF\x03", "requires a buffer"),
+    "too short": (b"GGUF\x03", "ends too early"),
     "another version": (file(version=1), "its version is 1"),
     "big endian": (file(version=3 << 24), "its version is"),
-    "more fields than bytes": (file(fields=HUGE), "requires a buffer"),
-    "more tensors than bytes": (file(tensors=HUGE), "requires a buffer"),
+    "more fields than are read": (file(fields=HUGE), "fields and 0 tensors"),
+    "more tensors than are read": (file(tensors=HUGE), "at most 1000 and 50000"),
     "a name without end": (file(struct.pack("<Q", HUGE), fields=1), "beyond its end"),
-    "a list without end": (
-        file(text(b"k"), struct.pack("<IIQ", 9, 0, HUGE), fields=1),
+    "more fields than bytes": (file(fields=9), "ends too early"),
+    "more tensors than bytes": (file(tensors=9), "ends too early"),
+    "a list beyond the end": (
+        file(text(b"k"), struct.pack("<IIQ", 9, 0, 9), fields=1),
         "beyond its end",
     ),
-    "a list of texts without end": (
-        file(text(b"k"), struct.pack("<IIQ", 9, 8, HUGE), fields=1),
-        "requires a buffer",
+    "a list of texts beyond the end": (
+        file(text(b"k"), struct.pack("<IIQ", 9, 8, 9), fields=1),
+        "ends too early",
+    ),
+    "a list without end": (
+        file(text(b"k"), struct.pack("<IIQ", 9, 0, HUGE), fields=1),
+        "more than 50000 values",
+    ),
+    "a vocabulary": (
+        file(text(b"k"), struct.pack("<IIQ", 9, 8, 60_000), bytes(480_000), fields=1),
+        "a model brings its vocabulary",
+    ),
+    "many short lists": (
+        file(*(text(b"k") + struct.pack("<IIQ", 9, 0, 99) + bytes(99),) * 600, fields=600),
+        "more than 50000 values",
     ),
     "a list of lists": (
         file(text(b"k"), struct.pack("<IIQ", 9, 9, 1), fields=1),

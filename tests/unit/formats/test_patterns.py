@@ -36,6 +36,37 @@ WRITTEN = [
 ]
 
 
+COSTLY = "(" + "|".join(f"m{'x?' * 30}{i}" for i in range(8)) + "|m).*q"
+
+
+def test_patterns_of_one_config_share_what_they_may_cost():
+    keys = [f"m.{number}.q" for number in range(40)]
+    config = {"target_modules": COSTLY, "exclude_modules": COSTLY + "!"}
+    alone = Budget()
+    check_targets({"target_modules": COSTLY}, keys, "config", budget=alone)
+    one = Budget().left - alone.left
+
+    for changes in (config, config | {"modules_to_save": [COSTLY + "!"]}):
+        shared = Budget(one + one // 2)
+        with pytest.raises(FormatError, match="takes more than"):
+            check_targets(changes, keys, "config", budget=shared)
+    for key in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(FormatError, match="takes more than"):
+            expand({key: {COSTLY: 1}}, key, "r", 8, keys, "config", Budget(one // 2))
+
+
+def test_names_of_layers_are_paid_for():
+    keys = [f"m.{number}.q" for number in range(100)]
+    config = {
+        "target_modules": ["q"],
+        "layers_to_transform": [0],
+        "layers_pattern": [f"n{number}" for number in range(9000)],
+    }
+
+    with pytest.raises(FormatError, match=r"matching 'n\d+' takes more than"):
+        check_targets(config, keys, "config")
+
+
 def match(expression: str, name: str, *, whole: bool) -> bool:
     pattern = Pattern(expression, where="config", budget=Budget(), whole=whole)
     return pattern.is_match(name)

@@ -256,7 +256,7 @@ BAD_TENSORS = [
     ),
     (
         factors(Q0) | {f"{P}score.original_module.bias": ("F32", (6,))},
-        "is not the same as the one it is a copy of",
+        "has original_module in its name and is nobody's copy",
     ),
     (
         factors(Q0) | {f"{P}wte.token_adapter.trainable_tokens_delta": ("F32", (2, 6))},
@@ -293,6 +293,20 @@ def test_rows_that_disagree_with_their_list_are_refused(indices, shape, problem)
         read(config(trainable_token_indices=indices), factors(Q0) | {ROWS: ("F32", shape)})
 
     assert problem in error.value.problem
+
+
+def test_every_module_whose_tokens_are_named_has_its_rows():
+    tensors = factors(Q0) | {ROWS: ("F32", (2, 6))}
+    module = ROWS.removesuffix(".token_adapter.trainable_tokens_delta")
+    name = module.rpartition(".")[2]
+
+    with pytest.raises(
+        FormatError, match="names tokens of 'lm_head', and the weights hold"
+    ):
+        read(config(trainable_token_indices={name: [4, 1], "lm_head": [0]}), tensors)
+    # Of an output layer that is tied, with the same tokens, PEFT keeps none.
+    found = read(config(trainable_token_indices={name: [4, 1], "lm_head": [4, 1]}), tensors)
+    assert [one.rows for one in found.replacements] == [(4, 1)]
 
 
 def test_names_in_trainable_token_indices_are_plain_endings_of_paths():
@@ -454,7 +468,7 @@ def test_whole_embeddings_that_are_tied_and_unequal_are_refused():
 
     with pytest.raises(FormatError, match=r"lm_head.weight is not embed_tokens.weight"):
         read_peft(
-            config(ensure_weight_tying=True),
+            config(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
             TensorFile.from_bytes(tensors, where="w"),
             where="adapter",
         )
@@ -469,3 +483,46 @@ def test_rows_beside_an_update_of_the_same_embedding_are_refused():
 
     with pytest.raises(FormatError, match=r"rows of wte.weight beside its own update"):
         read(config(target_modules=["wte"], trainable_token_indices=[1]), tensors)
+
+
+NEITHER_TIES = [
+    {"target_modules": ["wte", "q_proj"]},
+    {"target_modules": r".*\.(embed_tokens|q_proj)"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["wte"]},
+    {"target_modules": ["q_proj"]},
+]
+
+
+@pytest.mark.parametrize("said", NEITHER_TIES)
+def test_where_peft_ties_nothing_though_asked_nothing_is_tied(said):
+    named = said["target_modules"]
+    embedding = "model.embed_tokens" if isinstance(named, str) else "transformer.wte"
+    tensors = factors(Q0)
+    if "wte" in named or isinstance(named, str):
+        tensors[f"{P}{embedding}.lora_embedding_A"] = ("F32", (2, 9))
+        tensors[f"{P}{embedding}.lora_embedding_B"] = ("F32", (6, 2))
+    elif "modules_to_save" in said:
+        tensors[f"{P}{embedding}.weight"] = ("F32", (9, 6))
+
+    assert not read(config(ensure_weight_tying=True, **said), tensors).ties_weights
+
+
+def test_a_bias_beneath_trained_rows_is_the_layers():
+    rows = "lm_head.token_adapter"
+    tensors = factors(Q0) | {
+        f"{P}{rows}.trainable_tokens_delta": ("F32", (1, 6)),
+        f"{P}{rows}.base_layer.bias": ("F32", (9,)),
+    }
+
+    source = read(config(bias="all", trainable_token_indices={"lm_head": [1]}), tensors)
+
+    assert [(each.name, each.role) for each in source.replacements] == [
+        ("lm_head.bias", "bias"),
+        ("lm_head.weight", "token_delta"),
+    ]
+
+
+def test_an_entry_for_modules_of_no_layer_is_fine_where_layers_are_chosen():
+    said = config(target_modules=["q_proj", "projection"], layers_to_transform=[0])
+
+    assert [update.target for update in read(said, factors(Q0)).updates] == [Q0]

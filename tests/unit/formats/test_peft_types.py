@@ -12,7 +12,6 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -25,17 +24,11 @@ from lora_hub.formats.dialect import ReadOptions
 from lora_hub.formats.peft_types import READERS
 from lora_hub.tensors.arrays import floats
 from lora_hub.tensors.file import TensorFile
-from tests.builders import tiny_model
+from tests import peft_zoo
+from tests.builders import tiny_gpt2, tiny_model
 
 W = "adapter_model.safetensors"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 64}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def saved(folder, config, model, *, spread=0.3):
@@ -162,6 +155,42 @@ def test_loha_is_what_peft_computes(tmp_path, rank):
 
     assert {update.rank for update in source.updates} == {rank * rank}
     assert_same_deltas(source, adapted)
+
+
+@pytest.fixture
+def convolutions(tmp_path):
+    """Return a LoHa of two convolutions, PEFT's model and the folder of the base."""
+    net = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(6, 8, (3, 2)))
+    (tmp_path / "base").mkdir()
+    held = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    safetensors.numpy.save_file(held, tmp_path / "base/model.safetensors")
+    config = peft.LoHaConfig(r=2, alpha=3, target_modules=["0", "1"])
+    return *saved(tmp_path / "adapter", config, net), tmp_path / "base"
+
+
+def test_loha_of_convolutions_takes_its_kernels_from_the_base(convolutions):
+    folder, adapted, base = convolutions
+
+    source = open_adapter(folder, ReadOptions(base=base))
+
+    for update in source.updates:
+        module = adapted.base_model.model[int(update.target)].double()
+        assert update.layer == "conv"
+        assert update.a.shape[1:] == module.get_base_layer().weight.shape[1:]
+        expected = module.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(
+            delta(source, update).reshape(expected.shape), expected, rtol=1e-12, atol=1e-12
+        )
+
+
+def test_loha_whose_kernels_are_not_the_bases_is_refused(convolutions):
+    folder, _, base = convolutions
+    net = nn.Sequential(nn.Conv1d(4, 6, 5), nn.Conv2d(6, 8, (3, 2)))
+    held = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    safetensors.numpy.save_file(held, base / "model.safetensors")
+
+    with pytest.raises(FormatError, match="0: has 12 inputs with the kernel, the base 20"):
+        open_adapter(folder, ReadOptions(base=base))
 
 
 @pytest.mark.parametrize(
@@ -379,6 +408,49 @@ def test_trainable_tokens_replace_rows(tmp_path):
     )
     expected = after[replacement.name][[5, 2]].numpy()
     np.testing.assert_array_equal(values(source, replacement.tensor), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_trainable_tokens_of_a_tied_model_are_the_embeddings(tmp_path):
+    config = peft.TrainableTokensConfig(token_indices=[5, 2])
+    folder, _ = saved(tmp_path, config, peft_zoo.tied_llama())
+    held = safetensors.numpy.load_file(folder / W)
+    assert any("lm_head" in name for name in held)
+
+    (replacement,) = open_adapter(folder).replacements
+
+    assert replacement.name == "model.embed_tokens.weight"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_head_that_peft_wrapped_twice_is_refused(tmp_path):
+    targets = ["embed_tokens", "lm_head"]
+    config = peft.TrainableTokensConfig(target_modules=targets, token_indices=[5, 2])
+    folder, _ = saved(tmp_path, config, peft_zoo.tied_llama())
+
+    with pytest.raises(FormatError, match=r"the weights hold lm_head\.base_layer"):
+        open_adapter(folder)
+
+
+def test_a_head_with_rows_of_its_own_is_none_of_the_embedding(tmp_path):
+    targets = ["embed_tokens", "lm_head"]
+    config = peft.TrainableTokensConfig(target_modules=targets, token_indices=[5, 2])
+    folder, _ = saved(tmp_path, config, tiny_model())
+
+    replaced = [each.name for each in open_adapter(folder).replacements]
+
+    assert replaced == ["lm_head.weight", "model.embed_tokens.weight"]
+
+
+def test_rows_of_a_head_that_nothing_names_are_refused(tmp_path):
+    config = peft.TrainableTokensConfig(token_indices=[5, 2])
+    folder, _ = saved(tmp_path, config, peft_zoo.tied_llama())
+    held = safetensors.numpy.load_file(folder / W)
+    name = "base_model.model.lm_head.trainable_tokens_delta"
+    safetensors.numpy.save_file(held | {name: held[name] + 1}, folder / W)
+
+    with pytest.raises(FormatError, match="the weights hold lm_head"):
+        open_adapter(folder)
 
 
 def test_modules_saved_whole_keep_their_bits(tmp_path):

@@ -220,7 +220,7 @@ def test_modules_to_save_lists_modules_none_within_another(names, task, modules)
 
 def test_update_of_a_tied_embedding_gives_the_plain_rank_and_alpha():
     adapter = source(
-        update("wte", alpha=9.0, layer="embedding"),
+        update("embed_tokens", alpha=9.0, layer="embedding"),
         update(Q0, alpha=4.0),
         update(Q1, alpha=4.0),
         ties_weights=True,
@@ -231,6 +231,13 @@ def test_update_of_a_tied_embedding_gives_the_plain_rank_and_alpha():
     # PEFT finds those of the tied layer, which has no name here, by no pattern.
     assert config["lora_alpha"] == 9
     assert config["alpha_pattern"] == {"q_proj": 4}
+
+
+def test_tying_of_an_embedding_whose_name_peft_does_not_tie_is_a_loss():
+    adapter = source(update("wte", layer="embedding"), update(Q0), ties_weights=True)
+
+    with pytest.raises(LossyConversion, match="which PEFT does not tie"):
+        config_for(adapter)
 
 
 def test_two_rules_of_scaling_are_said_as_one_where_that_is_exact():
@@ -244,7 +251,7 @@ def test_two_rules_of_scaling_are_said_as_one_where_that_is_exact():
 
 CONV = {"a": "kernel", "layer": "conv"}
 UNSAID = [
-    (AdapterSource((), FILE), "no update of low rank is in it"),
+    (AdapterSource((), FILE), "without one update of low rank"),
     (source(scales=(ScaleSource(Q0, "rows", VECTOR),)), "factors on outputs or inputs"),
     (
         source(update(Q0, magnitude=VECTOR), update(Q1)),

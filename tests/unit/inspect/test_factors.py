@@ -139,3 +139,32 @@ def test_of_ranks_beyond_the_limit_the_norm_alone_is_told(monkeypatch):
     assert one.used_rank is None
     dense = b.astype("f8") @ a.astype("f8")
     assert one.frobenius == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+
+
+@pytest.mark.parametrize(("out", "inp"), [(1, 1), (3, 5), (5, 3)])
+def test_factors_of_more_rank_than_rows_take_no_more_memory_than_they_have(out, inp):
+    numbers = np.random.default_rng(0)
+    b, a = numbers.normal(size=(out, 50_000)), numbers.normal(size=(50_000, inp))
+
+    (one,) = factors.figures_of(source({"x": (b, a)}, alpha=1.0, rank=50_000))
+
+    assert one.frobenius == pytest.approx(np.linalg.norm(b @ a) / 50_000, rel=1e-12)
+    assert one.used_rank is None
+
+
+def test_used_rank_of_flat_factors_is_that_of_the_dense_delta():
+    b, a = random(0, out=3, rank=8, inp=5)
+
+    (one,) = factors.figures_of(source({"x": (b, a)}))
+
+    assert one.used_rank == 3
+
+
+def test_many_groups_of_a_convolution_take_no_more_memory_than_they_have():
+    numbers = np.random.default_rng(0)
+    a = numbers.normal(size=(60_000, 2, 1))
+    b = numbers.normal(size=(60_000, 1, 1))
+
+    (one,) = factors.figures_of(source({"x": (b, a)}, alpha=60_000.0, layer="conv"))
+
+    assert one.frobenius == pytest.approx(np.linalg.norm(b[..., 0] * a[..., 0]), rel=1e-12)

@@ -127,7 +127,9 @@ def test_dialect_decides_where_a_config_of_another_lies_beside(mlx, tmp_path):
 
 
 def test_command_offers_the_dialects_of_the_table():
-    assert list(DIALECTS) == command.DIALECTS
+    offered = {one.name: getattr(one.type, "choices", ()) for one in command.command.params}
+
+    assert list(offered["to"]) == list(offered["dialect"]) == list(DIALECTS)
 
 
 def test_command_offers_the_engines_of_the_table():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -11,6 +12,8 @@ from lora_hub.cli.main import run
 from lora_hub.errors import FormatError, InputError
 from lora_hub.formats.detect import DIALECTS
 from lora_hub.public.converting import convert
+from tests import adapters
+from tests.adapters import PIPELINE
 from tests.builders import tiny_adapter, tiny_base, tiny_package
 
 PACK = {
@@ -122,6 +125,40 @@ def test_the_initial_factors_of_pissa_are_given(base, tmp_path):
     )
 
     assert {module.rank for module in package.manifest.adapter.modules} == {4}
+
+
+def test_the_base_is_given_to_whoever_only_looks(tmp_path, capsys):
+    base = adapters.pipeline_base(tmp_path / "base")
+    folder = tmp_path / "kohya"
+    folder.mkdir()
+    written = adapters.written("kohya", adapters.source(*map(adapters.part, PIPELINE)))
+    (folder / "lora.safetensors").write_bytes(written["lora.safetensors"])
+
+    assert run(["inspect", str(folder)]) == 2
+    assert "give the folder of the base with --base" in capsys.readouterr().err
+    assert run(["inspect", str(folder), "--base", str(base), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert {module["module"] for module in summary["modules"]} == set(PIPELINE)
+    assert "LH021" in {one.rule for one in lora_hub.validate(folder)}
+    assert "LH021" not in {one.rule for one in lora_hub.validate(folder, base=base)}
+    assert run(["validate", str(folder), "--base", str(base)]) == 0
+
+
+def test_the_parts_of_a_merged_layer_are_given_to_whoever_only_looks(tmp_path, capsys):
+    folder = tmp_path / "loralib"
+    folder.mkdir()
+    tensors = {
+        "c_attn.lora_A": np.ones((4, 8), "f4"),
+        "c_attn.lora_B": np.ones((16, 2), "f4"),
+    }
+    save_file(tensors, folder / "lora.safetensors")
+    said = [str(folder), "--alpha", "4", "--enable-lora"]
+
+    assert run(["inspect", *said, "1,0,1", "--json"]) == 0
+    (module,) = json.loads(capsys.readouterr().out)["modules"]
+    assert module["shape"] == [24, 8]
+    assert run(["inspect", *said, "yes"]) == 2
+    assert "give 0 or 1 for each part" in capsys.readouterr().err
 
 
 def test_the_command_line_offers_every_dialect():

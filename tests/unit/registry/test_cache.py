@@ -16,11 +16,6 @@ from tests.packages import package
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
 def made(tmp_path):
     return package(tmp_path / "package")
 

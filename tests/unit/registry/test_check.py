@@ -23,13 +23,6 @@ def registry(tmp_path):
     return registry
 
 
-@pytest.fixture
-def made(registry, tmp_path):
-    made = package(tmp_path / "package")
-    push(made, registry, public_key=PUBLIC)
-    return made
-
-
 def forge(registry, path, **fields):
     value = strict_json.decode(registry.store.read(path), where=path) | fields
     registry.store.write(path, [canonical.encode(value)], if_absent=False)

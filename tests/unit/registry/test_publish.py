@@ -19,11 +19,6 @@ from lora_hub.signing import keys
 from tests.packages import KEY, PUBLIC, another_key, package, sign_folder
 
 
-@pytest.fixture
-def registry():
-    return Registry(MemoryStore())
-
-
 def contents(registry):
     return {path: registry.store.read(path) for path in registry.store.list("")}
 

@@ -5,16 +5,14 @@ import pytest
 from lora_hub import refs
 from lora_hub.errors import IntegrityError, NotFoundError, TrustError
 from lora_hub.registry import documents
-from lora_hub.registry.cache import Cache
 from lora_hub.registry.fetch import fetch
 from lora_hub.registry.publish import push, yank
 from lora_hub.registry.pull import pull
 from lora_hub.registry.registry import Registry, blob_path
 from lora_hub.registry.resolve import resolve
 from lora_hub.registry.stores.memory import MemoryStore
-from lora_hub.registry.trust import TrustStore
 from lora_hub.signing import keys
-from tests.packages import KEY, PUBLIC, another_key, package
+from tests.packages import KEY, another_key, package
 
 REFERENCE = refs.parse("style/tiny")
 
@@ -34,23 +32,6 @@ class CountingStore(MemoryStore):
 @pytest.fixture
 def registry():
     return Registry(CountingStore())
-
-
-@pytest.fixture
-def made(registry, tmp_path):
-    made = package(tmp_path / "package")
-    push(made, registry, public_key=PUBLIC)
-    return made
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def trust(tmp_path):
-    return TrustStore(tmp_path / "trust", strict=False)
 
 
 def overwrite(registry, digest, data):

@@ -24,11 +24,6 @@ from tests.packages import KEY, PUBLIC, another_key, package
 
 
 @pytest.fixture
-def registry():
-    return Registry(MemoryStore())
-
-
-@pytest.fixture
 def full(registry, tmp_path):
     """A registry with three versions of style/tiny, the second withdrawn, and one other."""
     for version in ("1.0.0", "1.1.0", "2.0.0-rc.1"):

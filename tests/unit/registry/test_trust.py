@@ -20,11 +20,6 @@ def pem(key):
 
 
 @pytest.fixture
-def trust(tmp_path):
-    return TrustStore(tmp_path / "trust", strict=False)
-
-
-@pytest.fixture
 def registry(tmp_path):
     registry = Registry(MemoryStore())
     push(package(tmp_path / "p"), registry, public_key=PUBLIC)

@@ -1,11 +1,14 @@
 """A swapped parameter is another one inside of a forward, and itself everywhere else."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from lora_hub.adapter.adapter import Replaced
 from lora_hub.adapter.update import Update
+from lora_hub.errors import InputError
 from lora_hub.runtime.layers import Place
 from lora_hub.runtime.swap import Part, Swap
 
@@ -190,3 +193,84 @@ def test_gradients_reach_the_input_and_what_stays_of_the_experts():
     assert torch.allclose(found, wanted, atol=1e-5)
     assert x.grad is not None
     assert experts.up.grad is not None
+
+
+def test_a_second_thread_in_the_same_module_is_refused_and_the_first_goes_on(layer):
+    own, new = layer.weight, replaced()
+    hooked(layer, Part(1.0, new))
+    inside, done = threading.Event(), threading.Event()
+    found = []
+
+    def wait(*_):
+        inside.set()
+        done.wait(10)
+
+    kept = layer.register_forward_pre_hook(wait)
+    first = threading.Thread(target=lambda: found.append(layer(torch.ones(2, INP))))
+    first.start()
+    inside.wait(10)
+    with pytest.raises(InputError, match="two threads at once"):
+        layer(torch.ones(2, INP))
+    done.set()
+    first.join()
+    kept.remove()
+
+    assert torch.equal(layer.seen[0], new.tensor)
+    assert torch.equal(found[0], layer(torch.ones(2, INP)))
+    assert layer.weight is own
+
+
+def test_what_was_made_in_inference_mode_can_be_used_in_training(layer):
+    with torch.inference_mode():
+        hooked(layer, Part(1.0, replaced()))
+        layer(torch.ones(2, INP))
+
+    x = torch.ones(2, INP, requires_grad=True)
+    layer(x).sum().backward()
+
+    assert torch.equal(x.grad[0], replaced().tensor.sum(0))
+
+
+def test_a_compiled_forward_sees_the_new_tensor(layer):
+    torch.compiler.reset()
+    new = replaced()
+    compiled = torch.compile(Plain(layer), backend="eager")
+    hooked(layer, Part(0.5, new))
+
+    found = compiled(torch.ones(2, INP))
+
+    weight = 0.5 * (layer.weight + new.tensor)
+    wanted = torch.nn.functional.linear(torch.ones(2, INP), weight, layer.bias)
+    assert torch.allclose(found, wanted)
+    torch.compiler.reset()
+
+
+class Plain(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_columns_of_a_grouped_convolution_are_scaled_by_its_channels():
+    """With as many columns in a row of the weight as there are channels in all groups."""
+    torch.manual_seed(0)
+    conv = nn.Conv1d(4, 6, 2, groups=2)
+    new = Replaced(torch.randn(6, 2, 2), "modules_to_save")
+    q = torch.tensor([0.5, -0.25, 2.0, 1.0], dtype=torch.float64)
+    scales = Update(
+        torch.zeros(0, 4), torch.zeros(0, 0), torch.zeros(0).double(), q=q, layer="conv"
+    )
+    seen = []
+    conv.register_forward_hook(lambda *_: seen.append(conv.weight.detach().clone()))
+    hooked(conv, Part(1.0, new, scales))
+
+    conv(torch.ones(1, 4, 5))
+
+    factors = (1 + q).float().reshape(2, 1, 2, 1)  # groups, rows, channels of the group
+    wanted = (new.tensor.reshape(2, 3, 2, 2) * factors).reshape(6, 2, 2)
+    assert torch.allclose(seen[0], wanted)

@@ -138,6 +138,7 @@ def test_refuses_a_malformed_index(tmp_path, text, message):
         ((), "holds neither model.safetensors nor"),
         (("pytorch_model.bin", "config.json"), r"only as a pickle \(pytorch_model.bin\)"),
         (("consolidated.00.pth",), "only as a pickle"),
+        (("MODEL.PICKLE",), "only as a pickle"),
         (("adapter_model.safetensors",), "holds neither model.safetensors nor"),
     ],
 )

@@ -3,8 +3,11 @@
 import json
 import struct
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import lora_hub
 from lora_hub.formats.source import (
     AdapterSource,
     Replacement,
@@ -12,7 +15,7 @@ from lora_hub.formats.source import (
     UpdateSource,
 )
 from lora_hub.tensors.file import TensorFile
-from lora_hub.validation.promises import check_promises
+from lora_hub.validation.missing_parts import check_missing_parts
 from lora_hub.validation.weights import check_numbers
 from tests.builders import tensor_bytes, tiny_adapter
 
@@ -104,7 +107,7 @@ def test_an_adapter_does_nothing_only_where_nothing_else_acts():
 
 
 def promised(source, **config):
-    return [one.message for one in check_promises(config, source, "c")]
+    return [one.message for one in check_missing_parts(config, source, "c")]
 
 
 def test_what_the_config_announces_and_the_file_lacks_is_named():
@@ -121,9 +124,26 @@ def test_what_the_config_announces_and_the_file_lacks_is_named():
     assert promised(source(), bias="all") == []
 
 
-def test_validate_says_so_of_a_folder(tmp_path):
-    import lora_hub
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_a_whole_embedding_that_the_config_does_not_name_is_told(module, tmp_path):
+    folder = tiny_adapter(tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    one = next(iter(tensors.values()))
+    tensors[f"base_model.model.{module}.weight"] = np.ones((16, 8), one.dtype)
+    save_file(tensors, path)
 
+    (found,) = lora_hub.validate(folder)
+
+    assert (found.rule, found.severity) == ("LH066", "note")
+    assert f"the weights bring a whole {module}.weight (16×8)" in found.message
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["modules_to_save"] = [module]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert lora_hub.validate(folder) == ()
+
+
+def test_validate_says_so_of_a_folder(tmp_path):
     folder = tiny_adapter(tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     config["modules_to_save"] = ["score"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft4Validator
 
+from lora_hub import strict_json
 from lora_hub.validation.findings import Checked, finding
 from lora_hub.validation.reports import REPORTS
 from lora_hub.validation.rules import RULES
@@ -202,3 +203,56 @@ def test_github_commands_cannot_be_forged_by_names_or_messages():
 
     assert line.startswith("::error file=ads/verse/a%2Cb%3Ac%250A,title=")
     assert "::50 %25%0D%0A::error::forged." in line
+
+
+# ── names and texts of strangers ─────────────────────────────────────────────────────
+
+# A file's name as Python gives it where it is no UTF-8, a line of its own, a command.
+NASTY = "ads/verse/a\n\udcff::error::b\x1b[2J%,:<&>\r\x85\u2028no findings"
+
+
+def nasty():
+    """Return a finding of every rule, about such a name and in such words."""
+    found = [
+        replace(finding(rule, NASTY, NASTY), waived=NASTY if rule == "LH001" else None)
+        for rule in RULES
+    ]
+    inside = finding("LH002", f"ads/verse/lorahub.json#/{NASTY}", NASTY)
+    return (Checked("ads/verse", (*found, inside)), Checked(NASTY, (found[1],)))
+
+
+def test_sarif_of_every_rule_and_any_name_follows_the_schema_and_is_strict_json():
+    text = REPORTS["sarif"](nasty(), "error")
+
+    value = strict_json.decode(text.encode(), where="sarif")
+    validator = Draft4Validator(json.loads(SCHEMA.read_text()))
+    assert [error.message for error in validator.iter_errors(value)] == []
+    results = value["runs"][0]["results"]
+    assert {one["ruleId"] for one in results} == set(RULES)
+    uris = [
+        one["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        for one in results
+    ]
+    assert all(uri.isascii() and uri.isprintable() and " " not in uri for uri in uris)
+
+
+def test_json_of_any_name_is_strict_json():
+    value = strict_json.decode(REPORTS["json"](nasty(), "error").encode(), where="json")
+
+    assert "\\udcff::error::b" in value["findings"][0]["where"]
+
+
+def test_junit_of_any_name_is_read_by_a_parser():
+    root = ET.fromstring(REPORTS["junit"](nasty(), "error"))
+
+    assert len(list(root.iter("testcase"))) == len(RULES) + 2
+
+
+@pytest.mark.parametrize(("form", "lines"), [("text", 2), ("github", 1)])
+def test_no_name_or_text_begins_a_line_of_its_own(form, lines):
+    report = REPORTS[form](nasty(), "error")
+
+    # What else could end a line, the command line makes visible when it prints.
+    found = report.split("\n")
+    assert len(found) == lines * (len(RULES) + 2) + 1
+    assert not any(line.lstrip().startswith("::error::b") for line in found)

@@ -1,10 +1,11 @@
 import datetime as dt
+from pathlib import Path
 
 import pytest
 
 from lora_hub.errors import DocumentError, InputError
 from lora_hub.validation.findings import Checked, finding
-from lora_hub.validation.waivers import apply, beside, read_waivers
+from lora_hub.validation.waivers import apply, not_believed, own, read_waivers
 
 TODAY = dt.date(2026, 11, 23)
 WAIVER = """
@@ -82,12 +83,51 @@ def test_each_of_two_waivers_for_one_finding_counts_as_used(checked, waivers):
     assert len(result) == 1
 
 
-def test_files_beside_paths_are_found_once(tmp_path, waivers):
+def test_file_where_the_user_stands_is_believed(tmp_path, waivers, monkeypatch):
     waivers()
+    monkeypatch.chdir(tmp_path)
 
-    found = beside([tmp_path / "a", tmp_path / "b", tmp_path / "c/d"])
+    assert own([Path("adapters"), Path("../else")]) == (Path("lorahub-waivers.toml"),)
+    assert own([tmp_path.parent / "else"]) == (Path("lorahub-waivers.toml"),)
+    assert not_believed([Path("adapters")], [Path("lorahub-waivers.toml")]) == ()
 
-    assert found == (tmp_path / "lorahub-waivers.toml",)
+
+@pytest.mark.parametrize("path", [".", "..", "/", "link", "../{name}"])
+def test_file_where_the_user_stands_is_not_believed_if_that_is_checked(
+    path, tmp_path, waivers, monkeypatch
+):
+    waivers()
+    (tmp_path / "link").symlink_to(".")
+    monkeypatch.chdir(tmp_path)
+
+    assert own([Path(path.format(name=tmp_path.name))]) == ()
+
+
+def test_file_in_a_folder_above_what_is_checked_is_not_believed(
+    tmp_path, waivers, monkeypatch
+):
+    waivers()
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+
+    assert own([tmp_path / "b"]) == ()
+
+
+def test_files_in_and_beside_what_is_checked_are_told_of_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "lorahub-waivers.toml").touch()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/lorahub-waivers.toml").symlink_to("gone")
+
+    told = not_believed([tmp_path / "a", tmp_path / "b", tmp_path / "c"], [])
+
+    assert [each.subject for each in told] == [
+        str(tmp_path / place / "lorahub-waivers.toml") for place in ("a", "", "b")
+    ]
+    assert {(f.rule, f.severity) for each in told for f in each.findings} == {
+        ("LH065", "note")
+    }
 
 
 GOOD = {"rule": '"LH024"', "where": '"x"', "reason": '"y"', "until": "2027-01-01"}

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from lora_hub.formats.matrices import Matrix
-from lora_hub.tensors.arrays import floats
+from lora_hub.tensors.arrays import NUMPY, floats
 from lora_hub.tensors.dtypes import BITS
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ _FLOAT64 = 2.0**-52
 
 # The smallest number with all its bits: below it, errors are counted in parts of it.
 NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126, "F64": 2.0**-1022}
-
-_NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 def is_power_of_two(ratio: Fraction) -> bool:
@@ -63,7 +61,7 @@ def _rounded(values: "NDArray[np.float64]", dtype: str) -> bytes:
     import numpy as np
 
     if dtype != "BF16":
-        return values.astype(_NUMPY[dtype]).tobytes()
+        return values.astype(NUMPY[dtype]).tobytes()
     # To the nearest number with 8 significant bits, ties to even, while still in float64:
     # rounding to float32 on the way would be a second rounding.
     bits = values.astype("<f8").view("<u8")

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_hub.embeddings import HEADS, INPUTS, last_part
 from lora_hub.errors import FormatError
-from lora_hub.formats.peft_methods import labels, open_method
+from lora_hub.formats.peft_methods import is_names, labels, open_method
 from lora_hub.formats.source import AdapterSource, Replacement
 from lora_hub.tensors.arrays import FLOATS
 from lora_hub.tensors.file import TensorFile
@@ -55,7 +56,8 @@ def read_trainable_tokens(
     """Return the adapter in PEFT's files; see `peft_types.Reader`.
 
     The rows take the place of the embedding's: despite its name the tensor is no
-    difference.
+    difference. Of a model whose head is the embedding PEFT saves them for both, and they
+    are the embedding's here.
 
     Raises:
         FormatError: config and tensors disagree, or hold something else.
@@ -67,6 +69,7 @@ def read_trainable_tokens(
         names={_TOKENS},
         read={"token_indices"},
         inert={"init_weights"},
+        apart=_copies(config, tensors),
     )
     rows = config.get("token_indices")
     if (
@@ -100,3 +103,29 @@ def read_trainable_tokens(
         ),
         **labels(config),
     )
+
+
+def _copies(config: Mapping[str, Any], tensors: TensorFile) -> set[str]:
+    """Return the tensors of a tied head, which are the embedding's once more.
+
+    A head that the config names has rows of its own.
+    """
+    held = {
+        name.removesuffix(f".{_TOKENS}"): tensor
+        for name, tensor in tensors.header.tensors.items()
+        if name.endswith(f".{_TOKENS}")
+    }
+    rows = [
+        tensors.read(tensor.name)
+        for key, tensor in held.items()
+        if last_part(key) in INPUTS
+    ]
+    said = config.get("target_modules")
+    named = tuple(said) if is_names(said) and isinstance(said, list) else ()
+    return {
+        tensor.name
+        for key, tensor in held.items()
+        if last_part(key) in HEADS
+        and not key.endswith(named)
+        and tensors.read(tensor.name) in rows
+    }

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_hub.formats.engines.base import Modules
-from lora_hub.formats.engines.fold import zeros
 from lora_hub.formats.engines.refused import refusal
 from lora_hub.formats.engines.table import Engine
 from lora_hub.formats.factors import Factors, some
+from lora_hub.formats.fold import zeros
 
 # A target in a layer: what stands before the number, the number, and the kind of module.
 _IN_LAYER = re.compile(r"(.*\b(?:layers|blocks|h))\.(\d+)\.(.+)")
@@ -29,7 +29,7 @@ _ALIKE = {
 _SAY_BASE = "give the base's folder with --base: it tells which modules there are"
 
 
-def whole(
+def with_zero_updates(
     parts: Sequence[Factors], engine: Engine, base: Modules | None
 ) -> tuple[tuple[Factors, ...], tuple[str, ...]]:
     """Return the updates with those of zeros, and what was done, a sentence each.

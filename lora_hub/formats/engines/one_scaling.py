@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lora_hub.errors import LossyConversion
-from lora_hub.formats.engines.fold import is_power_of_two, padded, times
 from lora_hub.formats.engines.refused import refusal
 from lora_hub.formats.engines.table import Engine
 from lora_hub.formats.factors import Factors
+from lora_hub.formats.fold import is_power_of_two, padded, times
 from lora_hub.scaling import alpha_of
 
 # Half a unit in the last place of float64, for an alpha that is not exact.
@@ -24,7 +24,7 @@ _FLOAT64 = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
-class Even:
+class OneScaling:
     """Updates that an engine reads right.
 
     Attributes:
@@ -43,7 +43,7 @@ class Even:
     error: float
 
 
-def even(parts: Sequence[Factors], engine: Engine) -> Even:
+def with_one_scaling(parts: Sequence[Factors], engine: Engine) -> OneScaling:
     """Return the same updates with one scaling, and one rank where the engine needs it.
 
     Raises:
@@ -52,11 +52,11 @@ def even(parts: Sequence[Factors], engine: Engine) -> Even:
     """
     rank = _rank(max(part.rank for part in parts), engine)
     if engine.has_one_rank:
-        return _even(parts, engine, rank, {part.target: rank for part in parts})
-    own = _even(parts, engine, rank, {part.target: part.rank for part in parts})
+        return _at_ranks(parts, engine, rank, {part.target: rank for part in parts})
+    own = _at_ranks(parts, engine, rank, {part.target: part.rank for part in parts})
     if not own.folded:
         return own
-    same = _even(parts, engine, rank, {part.target: rank for part in parts})
+    same = _at_ranks(parts, engine, rank, {part.target: rank for part in parts})
     return min(own, same, key=lambda found: (len(found.rounded), len(found.folded)))
 
 
@@ -70,9 +70,9 @@ def _rank(largest: int, engine: Engine) -> int:
     return -(-largest // engine.rank_step) * engine.rank_step
 
 
-def _even(
+def _at_ranks(
     parts: Sequence[Factors], engine: Engine, rank: int, ranks: Mapping[str, int]
-) -> Even:
+) -> OneScaling:
     """Return the updates with these ranks, and one alpha over all of them."""
     # The engine divides one alpha by each target's rank, so what must be the same is the
     # scaling times that rank: the alpha that each target would have alone.
@@ -108,7 +108,9 @@ def _even(
                 b=padded(b, ranks[part.target], 1),
             )
         )
-    return Even(tuple(made), rank, tuple(folded), tuple(rounded), tuple(raised), error)
+    return OneScaling(
+        tuple(made), rank, tuple(folded), tuple(rounded), tuple(raised), error
+    )
 
 
 def _exact(part: Factors) -> Fraction:
@@ -144,16 +146,16 @@ def _too_large(part: Factors, ratio: float, engine: Engine) -> LossyConversion:
     )
 
 
-Told = Callable[[Even, Engine], str | None]
+Told = Callable[[OneScaling, Engine], str | None]
 
 
-def notes(found: Even, engine: Engine) -> tuple[str, ...]:
+def notes(found: OneScaling, engine: Engine) -> tuple[str, ...]:
     """Return what was done to the numbers, a sentence each."""
     told: tuple[Told, ...] = (_told_ranks, _told_folds)
     return tuple(text for tell in told if (text := tell(found, engine)))
 
 
-def _told_ranks(found: Even, engine: Engine) -> str | None:
+def _told_ranks(found: OneScaling, engine: Engine) -> str | None:
     limits = [limit for limit in engine.rank_limits if limit >= found.rank]
     flag = f"; start {engine.title} with {engine.rank_flag} {(limits or [found.rank])[0]}"
     text = f"the rank is {found.rank}"
@@ -166,7 +168,7 @@ def _told_ranks(found: Even, engine: Engine) -> str | None:
     return text if found.raised or engine.rank_flag else None
 
 
-def _told_folds(found: Even, engine: Engine) -> str | None:
+def _told_folds(found: OneScaling, engine: Engine) -> str | None:
     if not found.folded:
         return None
     text = (
