@@ -9,6 +9,9 @@ from lora_hub.errors import InputError
 def timestamp() -> str:
     """Return now as RFC 3339 in UTC; SOURCE_DATE_EPOCH takes its place where it is set.
 
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is no time.
+
     Source: https://reproducible-builds.org/specs/source-date-epoch/.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")

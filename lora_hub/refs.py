@@ -92,6 +92,9 @@ def parse_weighted(text: str) -> tuple[str, float]:
     """Return the reference or path, and the weight behind its last `=` (1.0 without).
 
     The `=` of a range (`ns/name@==1.2.0`) is not taken for a weight.
+
+    Raises:
+        ReferenceSyntaxError: what stands there is no finite number.
     """
     head, equals, tail = text.rpartition("=")
     if not equals or not head or head[-1] in "=<>~!" or is_version(tail):
@@ -151,7 +154,11 @@ def is_version(text: str) -> bool:
 
 
 def parse_version(text: str) -> "Version":
-    """Return the version, which sorts as SemVer and PEP 440 both sort it."""
+    """Return the version, which sorts as SemVer and PEP 440 both sort it.
+
+    Raises:
+        ReferenceSyntaxError: it is no version.
+    """
     from packaging.version import Version
 
     if _VERSION.fullmatch(text) is None:
@@ -163,7 +170,11 @@ def parse_version(text: str) -> "Version":
 
 
 def parse_range(text: str) -> "SpecifierSet":
-    """Return the PEP 440 range."""
+    """Return the PEP 440 range.
+
+    Raises:
+        ReferenceSyntaxError: it is no range.
+    """
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     try:

@@ -39,7 +39,11 @@ def default_key() -> Path:
 
 
 def is_strict() -> bool:
-    """Return whether a key must be pinned before it is met for the first time."""
+    """Return whether a key must be pinned before it is met for the first time.
+
+    Raises:
+        InputError: LORAHUB_TRUST says neither yes nor nothing.
+    """
     value = os.environ.get("LORAHUB_TRUST", "")
     if value not in ("", "strict"):
         raise InputError(

@@ -25,6 +25,8 @@ TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_OUT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
+# target → kernel
+CONVS = {CONV: (3, 3), "unet.down_blocks.0.resnets.0.conv_shortcut": (1, 1)}
 EMBEDDING = "model.embed_tokens"
 SWITCH = "model.layers.1.mlp.switch_mlp.gate_proj.weight"  # experts as MLX-LM has them
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"  # and as transformers has
@@ -121,8 +123,9 @@ def pipeline_base(folder, *more):
         }
         tensors["conv_in.weight"] = ("F16", (4, 4, 3, 3))
         if component == "unet":
-            name = f"{CONV.partition('.')[2]}.weight"
-            tensors[name] = ("F16", (HIDDEN, HIDDEN, 3, 3))
+            for target, kernel in CONVS.items():
+                name = f"{target.partition('.')[2]}.weight"
+                tensors[name] = ("F16", (HIDDEN, HIDDEN, *kernel))
         (folder / component / "model.safetensors").write_bytes(tensor_bytes(tensors))
     return folder
 

@@ -75,7 +75,12 @@ def _figures(source: AdapterSource, batch: Sequence[UpdateSource]) -> Iterator[F
     import numpy as np
 
     a, b = _matrices(source, batch)
+    is_zero = (b == 0).all(axis=(1, 2, 3))
+    inputs = a.shape[-1]
     with np.errstate(invalid="ignore", over="ignore"):
+        if a.shape[-2] > min(a.shape[-1], b.shape[-2]):
+            # Then the delta is smaller than r x r, which of a flat factor would be huge.
+            a, b = _eye_beside(b @ a)
         g = a @ a.swapaxes(-1, -2)
         h = b.swapaxes(-1, -2) @ b
         squared = (g * h).sum(axis=(1, 2, 3))
@@ -85,8 +90,11 @@ def _figures(source: AdapterSource, batch: Sequence[UpdateSource]) -> Iterator[F
     kept = is_finite[:, None, None, None]
     ranks: Sequence[int | None] = [None] * len(batch)
     if batch[0].rank <= MAX_RANK:
-        ranks = _ranks(*(np.where(kept, m, 0.0) for m in (g, h))).max(axis=1).tolist()
-    is_zero = (b == 0).all(axis=(1, 2, 3))
+        each = _ranks(*(np.where(kept, m, 0.0) for m in (g, h)))
+        # The groups of a convolution share its rank, of experts each has the whole.
+        is_shared = batch[0].layer != "experts"
+        used = np.minimum(each.sum(axis=1), inputs) if is_shared else each.max(axis=1)
+        ranks = used.tolist()
     for index, update in enumerate(batch):
         # Rounding may leave a tiny negative number where the delta is zero.
         norm = math.sqrt(max(float(squared[index]), 0.0)) if is_finite[index] else None
@@ -103,8 +111,9 @@ def _matrices(
     """Return the factors of updates of one layer and one shape, in float64.
 
     Returns:
-        a (updates, experts, rank, inputs) and b (updates, experts, outputs, rank); layers
-        without experts have one.
+        a (updates, experts, rank, inputs) and b (updates, experts, outputs, rank). Groups
+        of a convolution stand as experts, each with its share of rank and outputs; of
+        other layers there is one.
     """
     first, count = batch[0], len(batch)
     a = _stacked(source, [update.a for update in batch])
@@ -115,25 +124,24 @@ def _matrices(
             a.reshape(count, first.experts, first.rank, -1),
             split.transpose(0, 3, 1, 2),
         )
-    a = a.reshape(count, 1, a.shape[1], -1)
-    b = b.reshape(count, 1, b.shape[1], -1)
-    return a, _ungrouped(b, first.rank)
+    # b of a grouped convolution has the columns of its own group alone.
+    b = b.reshape(count, b.shape[1], -1)
+    groups = first.rank // b.shape[2]
+    return (
+        a.reshape(count, groups, first.rank // groups, -1),
+        b.reshape(count, groups, b.shape[1] // groups, b.shape[2]),
+    )
 
 
-def _ungrouped(b: "NDArray[Any]", rank: int) -> "NDArray[Any]":
-    """Return a grouped convolution's b as one that is zero outside of its own group."""
+def _eye_beside(delta: "NDArray[Any]") -> tuple["NDArray[Any]", "NDArray[Any]"]:
+    """Return a and b whose product is the delta: it and the identity, the smaller one."""
     import numpy as np
 
-    *others, outputs, per_group = b.shape
-    if per_group == rank:
-        return b
-    whole = np.zeros((*others, outputs, rank))
-    groups = rank // per_group
-    for group in range(groups):
-        rows = slice(group * outputs // groups, (group + 1) * outputs // groups)
-        columns = slice(group * per_group, (group + 1) * per_group)
-        whole[..., rows, columns] = b[..., rows, :]
-    return whole
+    outputs, inputs = delta.shape[-2:]
+    eye = np.broadcast_to(
+        np.eye(min(outputs, inputs)), (*delta.shape[:2], *[min(outputs, inputs)] * 2)
+    )
+    return (delta, eye) if outputs <= inputs else (eye, delta)
 
 
 def _ranks(g: "NDArray[Any]", h: "NDArray[Any]") -> "NDArray[Any]":
@@ -152,6 +160,8 @@ def _stacked(source: AdapterSource, infos: Sequence[TensorInfo]) -> "NDArray[Any
     import numpy as np
 
     out = np.empty((len(infos), *infos[0].shape), dtype="f8")
-    for index, info in enumerate(infos):
-        out[index] = arrays.floats(source.tensors.read(info.name), info.dtype, info.shape)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        for index, info in enumerate(infos):
+            data = source.tensors.read(info.name)
+            out[index] = arrays.floats(data, info.dtype, info.shape)
     return out

@@ -6,6 +6,8 @@ written anew) and reported by `unknown_fields`.
 """
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -15,9 +17,12 @@ from lora_hub.errors import DocumentError
 from lora_hub.manifest.document import (
     MANIFEST_VERSION,
     MAX_MANIFEST_BYTES,
+    AdapterInfo,
+    Base,
     Document,
     Manifest,
 )
+from lora_hub.recent import MAX_KEY_BYTES, Recent
 
 T = TypeVar("T")
 
@@ -36,30 +41,98 @@ def decode(data: bytes, *, where: str = "lorahub.json") -> Manifest:
         DocumentError: not canonical JSON, of an unknown major version, or not of the
             manifest's shape; `where` ends in the JSON pointer.
     """
-    value, is_canonical = parse(data, where=where)
-    if not is_canonical:
+    parsed = parse(data, where=where)
+    if not parsed.is_canonical:
         raise DocumentError(
             "the manifest is not in canonical form (RFC 8785)",
             where=where,
             hint="it was edited by hand after packing; change the source and pack again",
         )
-    return typed(value, Manifest, where=where)
+    return manifest_of(parsed, where=where)
 
 
-def parse(data: bytes, *, where: str) -> tuple[dict[str, Any], bool]:
-    """Return the object that a manifest's bytes spell, and whether in canonical form.
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """The object that a manifest's bytes spell.
+
+    Attributes:
+        is_canonical: whether they spell it as RFC 8785 asks.
+        known: those of its members that are documents already, without unknown fields.
+    """
+
+    value: dict[str, Any]
+    is_canonical: bool
+    known: Mapping[str, Document] = field(default_factory=dict)
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """The members that are not known."""
+        return {name: item for name, item in self.value.items() if name not in self.known}
+
+
+def parse(data: bytes, *, where: str) -> Parsed:
+    """Return the object that a manifest's bytes spell.
 
     Raises:
         DocumentError: not JSON, no object, or of an unknown major version.
     """
     if len(data) <= MAX_MANIFEST_BYTES:
-        value = plain_json.decode_canonical(data)
-        if isinstance(value, dict):
-            check_version(value, where)
-            return value, True
+        parsed = _known_parsed(data) or _plainly_parsed(data)
+        if parsed is not None:
+            check_version(parsed.value, where)
+            return parsed
     value = strict_json.decode_object(data, where=where, max_bytes=MAX_MANIFEST_BYTES)
     check_version(value, where)
-    return value, canonical.encode(value, where=where) == data
+    return Parsed(value, canonical.encode(value, where=where) == data)
+
+
+def manifest_of(parsed: Parsed, *, where: str) -> Manifest:
+    """Return what was parsed as a manifest; errors as `typed`."""
+    return typed({**parsed.value, **parsed.known}, Manifest, where=where)
+
+
+# What a manifest says of its adapter and its base comes first in canonical form, and is
+# most of it: the bytes before the next member → their values, and the documents they are.
+_BEGINNINGS: Recent[tuple[dict[str, Any], dict[str, Document]]] = Recent()
+_NEXT_NAME = "created"
+_NEXT = b',"created":'
+
+
+def _known_parsed(data: bytes) -> Parsed | None:
+    """Return a manifest that is plainly canonical and begins as another one did."""
+    end = data.find(_NEXT)
+    beginning = _BEGINNINGS.get(data[:end]) if 0 <= end <= MAX_KEY_BYTES else None
+    if beginning is None:
+        return None
+    # In canonical form the members behind `created` are none of those before it.
+    rest = plain_json.decode_canonical(b"{" + data[end + 1 :])
+    if not isinstance(rest, dict):
+        return None
+    values, documents = beginning
+    return Parsed({**values, **rest}, is_canonical=True, known=documents)
+
+
+def _plainly_parsed(data: bytes) -> Parsed | None:
+    value = plain_json.decode_canonical(data)
+    if not isinstance(value, dict):
+        return None
+    values = {name: item for name, item in value.items() if name < _NEXT_NAME}
+    end = data.find(_NEXT)
+    # A quote within a text would be escaped: what is spelt so once is the member's name.
+    is_end = 0 <= end <= MAX_KEY_BYTES and data.count(_NEXT[1:]) == 1
+    if not is_end or _NEXT_NAME not in value or not values.keys() <= _FIRST.keys():
+        return Parsed(value, is_canonical=True)
+    try:
+        documents = {name: msgspec.convert(values[name], _FIRST[name]) for name in values}
+    except msgspec.ValidationError:
+        return Parsed(value, is_canonical=True)
+    if any(_has_unknown(values[name], _FIRST[name]) for name in values):
+        return Parsed(value, is_canonical=True)
+    _BEGINNINGS.keep(data[:end], (values, documents))
+    return Parsed(value, is_canonical=True, known=documents)
+
+
+_FIRST: Mapping[str, type[Document]] = {"adapter": AdapterInfo, "base": Base}
 
 
 def typed(value: Any, kind: type[T], *, where: str) -> T:

@@ -8,6 +8,7 @@ before. Names do not depend on registries, so neither do pins. `LORAHUB_TRUST=st
 refuses a namespace that is not pinned yet.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,13 @@ class Verdict:
     before: Pin | None = None
 
 
+# Who checks many packages asks for the same few pins each time.
+@functools.lru_cache(maxsize=16)
+def _decoded(data: bytes) -> Pin:
+    pin: Pin = documents.decode(data, Pin, where="")
+    return pin
+
+
 class TrustStore:
     """Pins below a folder; by default the user's (`LORAHUB_HOME`)."""
 
@@ -86,14 +94,19 @@ class TrustStore:
                 f"cannot be read: {error.strerror or error}", where=str(path)
             ) from error
         try:
-            pin: Pin = documents.decode(data, Pin, where=str(path))
+            pin = _decoded(data)
         except DocumentError as error:
+            error.where = f"{path}{error.where or ''}"
             error.hint = "remove the damaged file, then pin the key: lorahub trust add"
             raise
         return pin
 
     def list(self) -> tuple[Pin, ...]:
-        """Return every pin, in order of namespaces."""
+        """Return every pin, in order of namespaces.
+
+        Raises:
+            StoreError: the folder cannot be read; of one pin, see `get`.
+        """
         try:
             names = sorted(path.stem for path in self.folder.glob("[!.]*.json"))
         except OSError as error:

@@ -122,7 +122,11 @@ def parse(bundle: bytes, *, where: str = SIGNATURE_NAME) -> Envelope:
 
 
 def decode_base64(text: str, *, where: str) -> bytes:
-    """Return the bytes of a base64 text, which must be spelt the one canonical way."""
+    """Return the bytes of a base64 text, which must be spelt the one canonical way.
+
+    Raises:
+        TrustError: it is not.
+    """
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

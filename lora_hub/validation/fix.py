@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_hub import atomic, strict_json
 from lora_hub.errors import DocumentError
-from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.signing.statement import SIGNATURE_NAME
 from lora_hub.validation.base_name import is_local

@@ -1,5 +1,6 @@
 """Findings about a manifest's bytes, all of them at once."""
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from lora_hub.errors import DocumentError, InputError
@@ -9,7 +10,7 @@ from lora_hub.manifest.schema import manifest_schema
 from lora_hub.manifest.tasks import TASKS
 from lora_hub.package import spdx
 from lora_hub.package.package import check_manifest
-from lora_hub.validation.findings import Finding, finding, from_error
+from lora_hub.validation.findings import MOST, Finding, finding, from_error
 from lora_hub.validation.texts import check_document
 
 if TYPE_CHECKING:
@@ -22,14 +23,15 @@ _MAX_CHARACTERS = 200
 def check_bytes(data: bytes, where: str) -> tuple[Manifest | None, list[Finding]]:
     """Return the manifest, None where it cannot be used, and the findings."""
     try:
-        value, is_canonical = codec.parse(data, where=where)
+        parsed = codec.parse(data, where=where)
     except DocumentError as error:
         return None, [from_error("LH001", error, where)]
+    value = parsed.value
     found = []
-    if not is_canonical:
+    if not parsed.is_canonical:
         found.append(finding("LH003", where, "the document is not in canonical form"))
     try:
-        manifest = codec.typed(value, Manifest, where=where)
+        manifest = codec.manifest_of(parsed, where=where)
     except DocumentError as error:
         # The types name the first breach, the schema all of them, and takes its time.
         return None, [
@@ -43,7 +45,7 @@ def check_bytes(data: bytes, where: str) -> tuple[Manifest | None, list[Finding]
     if not codec.is_newer(manifest):
         found += [
             finding("LH004", f"{where}#{pointer}", "the field is not known")
-            for pointer in codec.unknown_fields(value)
+            for pointer in codec.unknown_fields(parsed.rest)
         ]
     try:
         check_manifest(manifest, where=where)
@@ -58,7 +60,8 @@ def _check_schema(value: dict[str, Any], where: str) -> list[Finding]:
 
     errors = Draft202012Validator(manifest_schema()).iter_errors(value)
     # Of the alternatives of a field, the one that the author most likely meant.
-    likely = [best_match([error]) or error for error in errors]
+    # Each error holds what it is about; of a flood enough are kept to say that it is one.
+    likely = [best_match([error]) or error for error in itertools.islice(errors, 2 * MOST)]
     return [
         finding("LH002", f"{where}{_pointer(error)}", _message(error))
         for error in sorted(likely, key=lambda error: [str(p) for p in error.absolute_path])

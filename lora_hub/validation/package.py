@@ -5,11 +5,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from lora_hub import digest
 from lora_hub.errors import IntegrityError, LoraHubError, TensorFileError, TrustError
 from lora_hub.formats.detect import source_from_files
-from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.package.layout import CARD_NAME
 from lora_hub.package.package import Package, check_modules
+from lora_hub.recent import RecentOfSame
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing import envelope, policy, statement
 from lora_hub.signing.statement import SIGNATURE_NAME
@@ -94,6 +95,31 @@ def _check_adapter(package: Package, contents: Mapping[str, bytes]) -> list[Find
     )
     if source is None:
         return about_card + found
+    return [*about_card, *found, *_check_names(package, source), *check_numbers(source)]
+
+
+# Names, shapes and settings of an adapter, and a manifest that says the same of them.
+_IN_ORDER: RecentOfSame[tuple[object, ...]] = RecentOfSame()
+
+
+def _check_names(package: Package, source: AdapterSource) -> list[Finding]:
+    """Return the findings about an adapter's header, config and manifest."""
+    where = package.where
+    parts = (
+        package.manifest.adapter,
+        source.tensors.header,
+        source.updates,
+        source.replacements,
+    )
+    settings = (
+        package.manifest.kind,
+        source.base_name,
+        source.alora_tokens,
+        source.ties_weights,
+    )
+    if _IN_ORDER.get(*parts) == settings:
+        return []
+    found = []
     try:
         check_modules(package, source)
     except IntegrityError as error:
@@ -107,7 +133,10 @@ def _check_adapter(package: Package, contents: Mapping[str, bytes]) -> list[Find
                 "it tells strangers about its author's machine: pack the source again",
             )
         )
-    return [*about_card, *found, *check_header(source.tensors), *check_numbers(source)]
+    found += check_header(source.tensors)
+    if not found:
+        _IN_ORDER.keep(*parts, result=settings)
+    return found
 
 
 def _check_signature(package: Package, keys: Sequence[bytes]) -> list[Finding]:

@@ -266,6 +266,22 @@ RULES = {
         "nothing of it is in the file: it may have been lost when the adapter was saved",
         "save the adapter again with PEFT, or remove the entry",
     ),
+    "LH065": Rule(
+        "waivers are given by whoever checks",
+        "note",
+        "a file of waivers in or beside what is checked may have come with it, and would "
+        "silence whatever its author likes: it waives nothing",
+        "if it is yours, name it with --waivers, or run from its folder and name what is "
+        "to be checked in it",
+    ),
+    "LH066": Rule(
+        "no weight takes the base's place unannounced",
+        "note",
+        "PEFT saves a whole embedding or output layer along after the vocabulary was "
+        "resized, and loading puts it into the base: it acts even while the adapter is off",
+        "if it was not trained, save again with save_embedding_layers=False; if it was, "
+        "name it in modules_to_save",
+    ),
     "LH080": Rule(
         "no link leads out of the adapter's folder",
         "error",

@@ -14,8 +14,8 @@ from lora_hub import links, strict_json
 from lora_hub.errors import DocumentError, InputError, LoraHubError
 from lora_hub.formats.detect import open_adapter
 from lora_hub.formats.dialect import ReadOptions
+from lora_hub.formats.files import CONFIG_NAME, MAX_HEADERS_BYTES, WEIGHTS
 from lora_hub.formats.peft import WEIGHTS_NAME
-from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.package import layout
 from lora_hub.registry.check import check as check_whole
@@ -26,10 +26,10 @@ from lora_hub.registry.trust import TrustStore
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import ADAPTER_LIMITS
 from lora_hub.validation.base_name import check_base
-from lora_hub.validation.findings import Checked, Finding, finding, from_error
+from lora_hub.validation.findings import Checked, Finding, fewer, finding, from_error
 from lora_hub.validation.metadata import check_header
+from lora_hub.validation.missing_parts import check_missing_parts
 from lora_hub.validation.package import check_package, try_source
-from lora_hub.validation.promises import check_promises
 from lora_hub.validation.sharing import shared
 from lora_hub.validation.subjects import subjects_of
 from lora_hub.validation.surroundings import check_surroundings
@@ -59,8 +59,14 @@ def validate(
             where=str(path),
             hint="give the folder of a package, an adapter or a registry",
         )
-    check = next((check for is_kind, check in _KINDS if is_kind(path)), None)
-    return tuple(check(path) if check else _check_adapter(path, options, dialect))
+    try:
+        check = next((check for is_kind, check in _KINDS if is_kind(path)), None)
+        if check is not None:
+            return tuple(check(path))
+        return tuple(fewer(_check_adapter(path, options, dialect), str(path)))
+    except OSError as error:  # of one folder, which says nothing of the others
+        at = str(error.filename or path)
+        return (finding("LH021", at, f"cannot be read: {error.strerror}"),)
 
 
 def check_all(
@@ -104,7 +110,10 @@ def _check_package(folder: Path) -> list[Finding]:
         names = layout.list_files(folder)
     except LoraHubError as error:
         return [from_error("LH012", error, str(folder))]
-    return check_package(layout.reader(folder), names, _pinned_keys, where=str(folder))
+    where = str(folder)
+    return fewer(
+        check_package(layout.reader(folder), names, _pinned_keys, where=where), where
+    )
 
 
 def _pinned_keys(namespace: str) -> tuple[bytes, ...]:
@@ -121,18 +130,10 @@ def _check_adapter(
 ) -> list[Finding]:
     where = str(folder)
     found = check_surroundings(folder)
-    if any(links.leads_out(folder / name, folder) for name in (CONFIG_NAME, WEIGHTS_NAME)):
-        return found  # what lies elsewhere is not read
+    if any(map(_lies_elsewhere, folder.iterdir())):
+        return found  # nothing is read through a link
     pointers = {one.where for one in found if one.rule == "LH013"}
-    for path in sorted(folder.glob("*.safetensors")):
-        if links.leads_out(path, folder):
-            continue
-        # What is wrong with a header is said where the adapter is read.
-        with (
-            contextlib.suppress(LoraHubError),
-            TensorFile.open(path, limits=ADAPTER_LIMITS) as file,
-        ):
-            found += check_header(file)
+    found += _check_headers(folder)
     config = _config_of(folder)
     found += check_texts(config, f"{where}/{CONFIG_NAME}")
     if pointers & {f"{where}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAME)}:
@@ -142,7 +143,7 @@ def _check_adapter(
     )
     if source is not None:
         found += check_numbers(source)
-        found += check_promises(config, source, f"{where}/{CONFIG_NAME}")
+        found += check_missing_parts(config, source, f"{where}/{CONFIG_NAME}")
     if "peft_type" in config or source is not None:
         at = f"{where}/{CONFIG_NAME}" if config else where
         found += check_base(
@@ -151,6 +152,40 @@ def _check_adapter(
             at,
         )
     return [*why_not, *found]
+
+
+def _check_headers(folder: Path) -> list[Finding]:
+    """Return the findings about the headers of all files of weights in the folder."""
+    found: list[Finding] = []
+    left = MAX_HEADERS_BYTES
+    paths = folder.glob("*.safetensors")
+    # The adapter's own first, so that a flood of others cannot hide it.
+    for path in sorted(paths, key=lambda path: (path.name != WEIGHTS_NAME, path.name)):
+        if left < 0:
+            found.append(
+                finding(
+                    "LH028",
+                    str(path),
+                    "the headers before this have more than 8 MiB: from here on none is "
+                    "looked at",
+                    "give each adapter a folder of its own",
+                )
+            )
+            break
+        try:
+            with TensorFile.open(path, limits=ADAPTER_LIMITS) as file:
+                left -= file.header.data_start
+                found += check_header(file)
+        except LoraHubError:
+            # What is wrong with it is said where the adapter is read.
+            left -= ADAPTER_LIMITS.header_bytes
+    return found
+
+
+def _lies_elsewhere(path: Path) -> bool:
+    """Return whether this is a config or weights that a link brings in from outside."""
+    is_read = path.name == CONFIG_NAME or path.name.lower().endswith(WEIGHTS)
+    return is_read and path.is_symlink() and links.leads_out(path, path.parent)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -162,10 +197,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _check_registry(folder: Path) -> list[Finding]:
     registry = open_registry(folder)
-    found = [
-        finding("LH050", problem.where, problem.message, problem.hint)
-        for problem in check_whole(registry)
-    ]
+    problems = check_whole(registry)
+    found = fewer(
+        (finding("LH050", one.where, one.message, one.hint) for one in problems),
+        str(folder),
+    )
     for name in registry.names():
         # What stops us here, the check of the whole registry has said.
         with contextlib.suppress(LoraHubError):
@@ -180,8 +216,9 @@ def _check_versions(registry: Registry, name: str) -> list[Finding]:
         keys_of = registry.all_keys if entry.yanked else registry.keys
         with contextlib.suppress(LoraHubError):
             package = open_published(resolved(entry), registry)
-            found += check_package(
-                package.read, package.names, keys_of, where=package.where
+            found += fewer(
+                check_package(package.read, package.names, keys_of, where=package.where),
+                package.where,
             )
     return found
 

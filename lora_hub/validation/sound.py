@@ -14,9 +14,11 @@ each by a margin that float32 cannot eat. A no is no finding: then one looks exa
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_hub.formats.source import AdapterSource, UpdateSource
+from lora_hub.recent import RecentOfSame
 from lora_hub.tensors import arrays
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
@@ -50,48 +52,109 @@ def is_sound(
         limit_of: logarithms of the norms of one kind → the largest that is no outlier.
         margin: how far below that limit a logarithm must be.
     """
-    groups: dict[tuple[object, ...], list[UpdateSource]] = {}
-    for update in source.updates:
-        a, b = update.a, update.b
-        if update.layer != "linear" or not 0 < update.rank <= _MAX_RANK:
+    plan = _RECENT.get(source.updates, kind_of)
+    if plan is None:
+        plan = _plan(source.updates, kind_of)
+        _RECENT.keep(source.updates, kind_of, result=plan)
+    if not plan.is_plain:
+        return False
+    norms: list[float] = []
+    for group in plan.groups:
+        found = _norms(source.tensors, group)
+        if found is None:
             return False
-        if update.rank > min(a.shape[1], b.shape[0]) or not update.scaling:
+        norms += found
+    for kind in plan.kinds:
+        of_kind = [norms[index] for index in kind]
+        if not max(of_kind) < limit_of(of_kind) - margin:
             return False
-        groups.setdefault((a.dtype, a.shape, b.dtype, b.shape), []).append(update)
-    kinds: dict[tuple[object, ...], list[float]] = {}
-    for updates in groups.values():
-        squares = _squares(source.tensors, updates)
-        if squares is None:
-            return False
-        for update, square in zip(updates, squares, strict=True):
-            norm = math.log(abs(update.scaling)) + math.log(square) / 2
-            kinds.setdefault(kind_of(update), []).append(norm)
-    return bool(kinds) and all(
-        max(norms) < limit_of(norms) - margin for norms in kinds.values()
-    )
+    return bool(plan.kinds)
 
 
-def _squares(file: TensorFile, updates: Sequence[UpdateSource]) -> list[float] | None:
-    """Return ‖B·A‖² of updates of one shape, None where one may not be sound."""
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Updates whose factors are of one dtype and shape.
+
+    Attributes:
+        logs: logarithms of the scalings, without their signs.
+    """
+
+    a: tuple[TensorInfo, ...]
+    b: tuple[TensorInfo, ...]
+    logs: "NDArray[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known of an adapter before its numbers are.
+
+    Attributes:
+        is_plain: whether one can tell in this way at all.
+        kinds: for each, where its updates are among those of all groups.
+    """
+
+    is_plain: bool
+    groups: tuple[_Group, ...] = ()
+    kinds: tuple[tuple[int, ...], ...] = ()
+
+
+_RECENT: RecentOfSame[_Plan] = RecentOfSame()
+
+
+def _plan(
+    updates: Sequence[UpdateSource], kind_of: Callable[[UpdateSource], tuple[object, ...]]
+) -> _Plan:
     import numpy as np
 
-    a = _stacked(file, [update.a for update in updates])
-    b = _stacked(file, [update.b for update in updates])
+    by_shape: dict[tuple[object, ...], list[UpdateSource]] = {}
+    for update in updates:
+        a, b = update.a, update.b
+        if update.layer != "linear" or not 0 < update.rank <= _MAX_RANK:
+            return _Plan(is_plain=False)
+        if update.rank > min(a.shape[1], b.shape[0]) or not update.scaling:
+            return _Plan(is_plain=False)
+        by_shape.setdefault((a.dtype, a.shape, b.dtype, b.shape), []).append(update)
+    groups: list[_Group] = []
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    index = 0
+    for members in by_shape.values():
+        logs = np.log(np.abs([update.scaling for update in members]))
+        groups.append(
+            _Group(
+                tuple(update.a for update in members),
+                tuple(update.b for update in members),
+                logs,
+            )
+        )
+        for update in members:
+            kinds.setdefault(kind_of(update), []).append(index)
+            index += 1
+    return _Plan(True, tuple(groups), tuple(map(tuple, kinds.values())))
+
+
+def _norms(file: TensorFile, group: _Group) -> list[float] | None:
+    """Return the logarithms of ‖scaling·B·A‖, None where an update may not be sound."""
+    import numpy as np
+
+    a = _stacked(file, group.a)
+    b = _stacked(file, group.b)
     with np.errstate(all="ignore"):
         # Of a copy: for one and the same matrix numpy calls another function of BLAS, which
         # takes four times as long at these sizes.
         g = a.copy() @ a.swapaxes(1, 2)
         h = b.swapaxes(1, 2) @ b
         both = np.concatenate([g, h]).astype("f8")
-        traces = np.trace(both, axis1=1, axis2=2)
+        traces = both.trace(axis1=1, axis2=2)
         # Not the contrary of what is wrong: a NaN is in no range.
         if not ((traces > _LEAST_TRACE) & (traces < _LARGEST_TRACE)).all():
             return None
         if not _has_full_rank(both, traces):
             return None
-        squared = (both[: len(updates)] * both[len(updates) :]).sum(axis=(1, 2))
-    found: list[float] = squared.tolist()
-    return found if min(found) > 0 else None
+        squares = (both[: len(a)] * both[len(a) :]).sum(axis=(1, 2))
+        if not (squares > 0).all():
+            return None
+        norms: list[float] = (group.logs + np.log(squares) / 2).tolist()
+    return norms
 
 
 def _has_full_rank(matrices: "NDArray[Any]", traces: "NDArray[Any]") -> bool:

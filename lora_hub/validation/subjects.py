@@ -4,11 +4,18 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_hub.formats.peft_config import CONFIG_NAME
+from lora_hub.errors import InputError
+from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
+from lora_hub.registry.registry import CONFIG
 
-# How far below a path adapters are looked for.
-MAX_DEPTH = 12
+# How much is looked through below a path; a second or two.
+MAX_FOLDERS = 20_000
+
+# What package managers and interpreters put into a repository; an environment of Python is
+# told by the file in it.
+PASSED_OVER = frozenset({"__pycache__", "node_modules"})
+ENVIRONMENT = "pyvenv.cfg"
 
 
 def subjects_of(path: Path, is_registry: Callable[[Path], bool]) -> tuple[Path, ...]:
@@ -16,31 +23,59 @@ def subjects_of(path: Path, is_registry: Callable[[Path], bool]) -> tuple[Path, 
 
     A file means its folder, as pre-commit names files. A folder that is no adapter, package
     or registry means those below it; where there are none, it is checked itself, and the
-    finding says what is missing. Hidden folders and links are passed over.
+    finding says what is missing. Passed over are hidden folders, links, `PASSED_OVER`,
+    Python's environments, and what lies in an adapter, a package or a registry.
+
+    Raises:
+        InputError: a folder cannot be read, none can have such a name, or there are more
+            than `MAX_FOLDERS` of no adapter.
     """
-    if path.is_file():
-        return (path.parent,)
-    if not path.is_dir() or _is_adapter(path) or is_registry(path):
-        return (path,)
-    return tuple(_below(path, is_registry, MAX_DEPTH)) or (path,)
+    try:
+        if path.is_file():
+            return (path.parent,)
+        if not path.is_dir() or _is_adapter(path) or is_registry(path):
+            return (path,)
+        return tuple(_below(path, is_registry)) or (path,)
+    except OSError as error:
+        # A folder that is passed over would be taken for one without fault.
+        raise InputError(
+            f"cannot be read: {error.strerror}", where=str(error.filename or path)
+        ) from error
 
 
-def _below(folder: Path, is_registry: Callable[[Path], bool], depth: int) -> Iterator[Path]:
-    if depth == 0:
-        return
-    for name in sorted(_folders(folder)):
-        child = folder / name
-        if _is_adapter(child) or is_registry(child):
-            yield child
-        else:
-            yield from _below(child, is_registry, depth - 1)
+def _below(top: Path, is_registry: Callable[[Path], bool]) -> Iterator[Path]:
+    waiting, count = [top], 0
+    while waiting:
+        folder = waiting.pop()
+        names, folders = _look(folder)
+        is_one = MANIFEST_NAME in names or CONFIG_NAME in names
+        if folder is not top and (is_one or (CONFIG in names and is_registry(folder))):
+            yield folder
+            continue
+        count += 1
+        if count > MAX_FOLDERS:
+            raise InputError(
+                f"more than {MAX_FOLDERS} folders without an adapter are below this",
+                where=str(top),
+                hint="give the folders that hold adapters",
+            )
+        if ENVIRONMENT not in names:
+            # The last comes first: in order of names, what is below a folder behind it.
+            waiting += [folder / name for name in sorted(folders, reverse=True)]
 
 
-def _folders(folder: Path) -> Iterator[str]:
+def _look(folder: Path) -> tuple[set[str], list[str]]:
+    """Return what lies in a folder, and which of it are folders to look into."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                yield entry.name
+        found = list(entries)
+    folders = [
+        entry.name
+        for entry in found
+        if not entry.name.startswith(".")
+        and entry.name not in PASSED_OVER
+        and entry.is_dir(follow_symlinks=False)
+    ]
+    return {entry.name for entry in found}, folders
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_hub import links
-from lora_hub.formats.detect import PICKLES
-from lora_hub.formats.files import WEIGHTS
+from lora_hub.formats.files import CONFIG_NAME, WEIGHTS
 from lora_hub.formats.peft import WEIGHTS_NAME
-from lora_hub.formats.peft_config import CONFIG_NAME
 from lora_hub.package import layout
+from lora_hub.tensors.foreign import PICKLE_HEADS, PICKLE_SUFFIXES
 from lora_hub.validation.code import CODE_NAME, MAX_BYTES, check_code
 from lora_hub.validation.findings import Finding, finding
 from lora_hub.validation.texts import check_text
@@ -23,9 +22,6 @@ MAX_ENTRIES = 10_000
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
-_PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# safetensors begin with a length: 640 bytes of header look like a pickle's first two.
-_NO_PICKLES = (".safetensors", ".gguf")
 
 _OWN = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
@@ -47,8 +43,12 @@ def check_surroundings(folder: Path) -> list[Finding]:
     Reads the first bytes of every file.
     """
     found = []
-    for path in _files(folder):
+    for count, path in enumerate(_files(folder)):
         where = f"{folder}/{path.relative_to(folder).as_posix()}"
+        if count == MAX_ENTRIES:
+            message = f"more than {MAX_ENTRIES} files: from here on none is looked at"
+            found.append(finding("LH023", where, message, "keep the adapter by itself"))
+            break
         if path.is_symlink() and links.leads_out(path, folder):
             if path.parent == folder and _is_read(path.name):
                 found.append(
@@ -65,8 +65,9 @@ def check_surroundings(folder: Path) -> list[Finding]:
             found.append(
                 finding("LH013", where, f"this is a Git LFS pointer to a file{of}")
             )
-        elif path.name.lower().endswith(PICKLES) or (
-            head.startswith(_PICKLED) and not path.name.lower().endswith(_NO_PICKLES)
+        # Safetensors begin with a length: 640 bytes of header look like a pickle's head.
+        elif path.name.lower().endswith(PICKLE_SUFFIXES) or (
+            head.startswith(PICKLE_HEADS) and not path.name.lower().endswith(WEIGHTS)
         ):
             found.append(finding("LH023", where, "this is a pickle"))
     pointers = {one.where for one in found if one.rule == "LH013"}
@@ -94,9 +95,9 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted([*names, *linked], key=lambda name: (name not in _OWN, name)):
             count += 1
+            yield Path(at, name)
             if count > MAX_ENTRIES:
                 return
-            yield Path(at, name)
 
 
 def _head(path: Path, size_bytes: int) -> bytes:

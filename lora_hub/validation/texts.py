@@ -4,15 +4,23 @@ Control characters and escape sequences steer a terminal; bidirectional override
 what is shown (https://trojansource.codes). Line breaks and tabs are texts' own.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from lora_hub.validation.findings import Finding, finding
+from lora_hub.validation.findings import MOST, Finding, finding
 
 _STEERING = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+# What ASCII shows, line breaks and tabs.
+_SHOWN = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
+
+
+# More of one document are not counted.
+_MOST = 10 * MOST
 
 
 def check_text(text: str, where: str) -> list[Finding]:
@@ -27,9 +35,10 @@ def check_text(text: str, where: str) -> list[Finding]:
 
 def check_texts(value: Any, where: str) -> list[Finding]:
     """Return the findings about all texts of a JSON value, keys too."""
-    return [
+    found = (
         one for text, at in _texts(value, "") for one in check_text(text, f"{where}#{at}")
-    ]
+    )
+    return list(itertools.islice(found, _MOST))
 
 
 def check_document(data: bytes, value: Any, where: str) -> list[Finding]:
@@ -41,6 +50,8 @@ def check_document(data: bytes, value: Any, where: str) -> list[Finding]:
         where: its name.
     """
     if b"\\" not in data:
+        if data.isascii() and not data.translate(None, _SHOWN):
+            return []
         text = data.decode(errors="replace")
         if text.isprintable() or not _STEERING.search(text):
             return []

@@ -9,6 +9,10 @@
 `where` is a glob over files and folders, told from the folder of the waivers' file; a
 folder covers what is in it. A waiver that has expired covers nothing and is a finding
 itself, one that covers nothing is a note.
+
+A file is believed where the user names it, or stands in its folder and has something else
+checked. What lies in or beside what is checked may have come with it: it is a stranger's
+word about a stranger's adapter, and only told of.
 """
 
 import datetime as dt
@@ -61,10 +65,39 @@ class Waiver:
         )
 
 
-def beside(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Return the waivers' files in the folders that hold the paths, each once."""
-    files = (path.parent / WAIVERS_NAME for path in paths)
-    return tuple(dict.fromkeys(file for file in files if file.is_file()))
+def own(checked: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the waivers' file of the working directory, if it is the user's own.
+
+    It is not where the directory lies in what is checked, and thus came with it.
+
+    Args:
+        checked: the paths that were given, and the folders that they meant.
+    """
+    here = Path(os.path.realpath(os.curdir))
+    folders = (Path(os.path.realpath(path)) for path in checked)
+    if any(here.is_relative_to(folder) for folder in folders):
+        return ()
+    file = Path(WAIVERS_NAME)
+    return (file,) if file.is_file() else ()
+
+
+def not_believed(checked: Sequence[Path], believed: Sequence[Path]) -> tuple[Checked, ...]:
+    """Return a note about each waivers' file in or beside what was checked, but for those.
+
+    Args:
+        checked: as for `own`.
+        believed: the files whose waivers hold.
+    """
+    known = {os.path.realpath(file) for file in believed}
+    found: dict[str, Path] = {}
+    for path in checked:
+        for file in (path / WAIVERS_NAME, path.parent / WAIVERS_NAME):
+            if os.path.lexists(file) and os.path.realpath(file) not in known:
+                found.setdefault(os.path.realpath(file), file)
+    return tuple(
+        Checked(str(file), (finding("LH065", str(file), "these waivers are not believed"),))
+        for file in found.values()
+    )
 
 
 def read_waivers(file: Path) -> tuple[Waiver, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_hub.formats.source import AdapterSource, UpdateSource
 from lora_hub.inspect.factors import Figures, figures_of
+from lora_hub.recent import RecentOfSame
 from lora_hub.tensors import arrays
 from lora_hub.tensors.dtypes import is_float
 from lora_hub.tensors.header import TensorInfo
@@ -40,6 +41,8 @@ def check_numbers(source: AdapterSource) -> list[Finding]:
     """
     # Of sound factors there is nothing to tell.
     figures = None if is_sound(source, _kind, _limit, _MARGIN) else figures_of(source)
+    if figures is None and _is_ordinary(source):
+        return []
     found: list[Finding] = []
     for update, one in zip(source.updates, figures, strict=True) if figures else ():
         if one.frobenius is None:
@@ -53,6 +56,19 @@ def check_numbers(source: AdapterSource) -> list[Finding]:
     if figures is not None:
         found += [*_outliers(source, figures), *_ranks(source, figures)]
     return [*found, *_zero_weights(source)]
+
+
+_ORDINARY: RecentOfSame[bool] = RecentOfSame()
+
+
+def _is_ordinary(source: AdapterSource) -> bool:
+    """Return whether there is nothing but factors, of scalings as they should be."""
+    parts = (source.updates, source.scales, source.replacements)
+    known = _ORDINARY.get(*parts)
+    if known is None:
+        known = not any([*_beside_factors(source), *_scalings(source)])
+        _ORDINARY.keep(*parts, result=known)
+    return known
 
 
 def _beside_factors(source: AdapterSource) -> Iterator[TensorInfo]:

@@ -23,7 +23,7 @@ from lora_hub.formats.detect import detect, open_adapter
 from lora_hub.formats.dialect import ReadOptions
 from lora_hub.public.converting import convert
 from tests import adapters
-from tests.builders import tiny_adapter
+from tests.builders import tiny_adapter, tiny_gpt2
 
 WILD = Path(__file__).parents[1] / "assets/wild"
 MLX = WILD / "mlx-example/0000200_adapters.safetensors"
@@ -213,13 +213,6 @@ def test_a_name_in_modules_to_save_means_every_module_that_ends_so(tmp_path, lis
         "pre_classifier.bias",
         "pre_classifier.weight",
     ]
-
-
-def tiny_gpt2():
-    torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 64}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 @pytest.mark.parametrize(("bias", "count"), [("all", 13), ("lora_only", 2)])

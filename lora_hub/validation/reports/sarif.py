@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from lora_hub.validation.findings import Checked, Finding
 from lora_hub.validation.places import Place, place_of
+from lora_hub.validation.reports.text import unicode
 from lora_hub.validation.rules import RULES, Severity
 
 SCHEMA = (
@@ -65,12 +66,12 @@ def _result(one: Finding, place: Place, seen: Counter[str]) -> dict[str, Any]:
         }
     }
     if place.inside:
-        location["logicalLocations"] = [{"fullyQualifiedName": place.inside}]
+        location["logicalLocations"] = [{"fullyQualifiedName": unicode(place.inside)}]
     return {
         "ruleId": one.rule,
         "ruleIndex": _INDEX[one.rule],
         "level": one.severity,
-        "message": {"text": f"{one.message}. {one.hint}"},
+        "message": {"text": unicode(f"{one.message}. {one.hint}")},
         "locations": [location],
         "fingerprints": {"lorahub/v1": fingerprint},
         # By this name code scanning knows a result again; it would hash the line else.
@@ -82,7 +83,9 @@ def _result(one: Finding, place: Place, seen: Counter[str]) -> dict[str, Any]:
 def _suppressions(one: Finding) -> list[dict[str, str]]:
     if one.waived is None:
         return []
-    return [{"kind": "external", "status": "accepted", "justification": one.waived}]
+    return [
+        {"kind": "external", "status": "accepted", "justification": unicode(one.waived)}
+    ]
 
 
 def _fingerprint(one: Finding, place: Place, seen: Counter[str]) -> str:

@@ -25,7 +25,22 @@ def summary(findings: Sequence[Finding]) -> str:
     return ", ".join(counts) or "no findings"
 
 
+def unicode(text: str) -> str:
+    """Return the text with bytes of names that are no UTF-8 made visible.
+
+    Python tells them as halves of surrogate pairs, which strict readers of JSON refuse.
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _finding(one: Finding) -> str:
     mark = "" if one.waived is None else "waived "
-    first = f"{mark}{one.severity} {one.rule} {one.where}: {one.message}"
-    return f"{first}\n    {one.waived or one.hint}"
+    # A line break in a name or a text would begin a line that looks like ours.
+    first, second = (
+        text.replace("\n", "\\u000a")
+        for text in (
+            f"{mark}{one.severity} {one.rule} {one.where}: {one.message}",
+            one.waived or one.hint,
+        )
+    )
+    return f"{first}\n    {second}"

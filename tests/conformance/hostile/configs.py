@@ -1,8 +1,18 @@
 """Configs that are bombs, that two readers understand differently, or another's."""
 
 import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from tests.conformance.hostile.case import config, configured, rows
+from tests.conformance.hostile.case import (
+    CONFIG,
+    WEIGHTS,
+    config,
+    configured,
+    rows,
+    safetensors,
+)
 
 PLAIN = json.dumps(config()).encode()
 
@@ -14,6 +24,39 @@ BOMB = r"(((\w+)+)+\.?)+!"
 def text(old: bytes, new: bytes) -> bytes:
     assert old in PLAIN
     return PLAIN.replace(old, new, 1)
+
+
+def many_targets(
+    modules: Sequence[str] | None = None, **changes: Any
+) -> Callable[[Path], None]:
+    """Return the builder of an adapter of rank 1 on thousands of modules."""
+    paths = modules or [f"m.{i}.q_proj" for i in range(12_000)]
+    names = [
+        f"base_model.model.{path}.lora_{side}.weight" for path in paths for side in "AB"
+    ]
+    header = {
+        name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * at, 4 * at + 4]}
+        for at, name in enumerate(names)
+    }
+
+    def build(folder: Path) -> None:
+        data = safetensors(header, bytes(4 * len(names)))
+        (folder / "adapter" / WEIGHTS).write_bytes(data)
+        (folder / "adapter" / CONFIG).write_text(json.dumps(config(r=1, **changes)))
+
+    return build
+
+
+# For 5,000 modules each of these takes 1.3 million steps of the four that are allowed.
+COSTLY = "(" + "|".join(f"m{'x?' * 30}{i}" for i in range(8)) + "|m).*q_proj"
+
+four_patterns = many_targets(
+    [f"m.{i}.q_proj" for i in range(5000)],
+    target_modules=COSTLY,
+    exclude_modules=COSTLY + "!",
+    rank_pattern={COSTLY: 1},
+    alpha_pattern={COSTLY: 1},
+)
 
 
 CASES = (
@@ -128,6 +171,31 @@ CASES = (
             "which is not read",
         ),
         (
+            "four patterns, each just within the limit",
+            four_patterns,
+            "takes more than",
+        ),
+        (
+            "two hundred thousand names of layers",
+            many_targets(
+                layers_to_transform=[0], layers_pattern=[f"n{i}" for i in range(200_000)]
+            ),
+            "takes more than",
+        ),
+        (
+            "a hundred thousand parameters of twelve thousand modules",
+            many_targets(target_parameters=[f"m.x{i}.w" for i in range(100_000)]),
+            "no such thing",
+        ),
+        (
+            "names of hundreds of parts",
+            many_targets(
+                [f"{'x.' * 450}{i}.q_proj" for i in range(1900)],
+                target_modules=["q_proj", *(f"q{i}" for i in range(100))],
+            ),
+            "no such module",
+        ),
+        (
             "thirty thousand patterns of ranks",
             configured(rank_pattern={f"layer{i}.*x{i}": 2 for i in range(30_000)}),
             "takes more than",
@@ -172,6 +240,11 @@ CASES = (
         ("config of a method nobody knows", configured(peft_type="ZORA"), "ZORA"),
         ("peft_type that is a list", configured(peft_type=["LORA"]), "peft_type"),
         (
+            "kind of MLX's fine-tuning that is a list",
+            configured(b'{"fine_tune_type": ["lora"], "lora_parameters": {}}'),
+            "fine_tune_type is ['lora']",
+        ),
+        (
             "key that may change the effect and nobody knows",
             configured(lora_temperature=0.5),
             "'lora_temperature' is not known",
@@ -215,6 +288,11 @@ CASES = (
             "base name that runs backwards",
             configured(base_model_name_or_path="tiny-lab/\u202eynit"),
             "U+202E",
+        ),
+        (
+            "three hundred thousand texts that steer",
+            configured(**{f"k\x1b{i}": "\u202e" for i in range(120_000)}),
+            "900 more of this rule",
         ),
         ("key that runs backwards", configured(**{"a\u202eb": None}), "U+202E"),
     ),

@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import socket
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -118,6 +120,52 @@ def link(path: Path) -> None:
     path.symlink_to(f"../outside/{path.name}")
 
 
+def only_linked(name: str) -> Callable[[Path], None]:
+    """Return the builder of a folder that holds nothing but a link to others' weights."""
+
+    def build(folder: Path) -> None:
+        for path in (folder / "adapter").iterdir():
+            path.unlink()
+        outside = folder / "outside"
+        outside.mkdir()
+        factors = {
+            f"unet.q.lora_{side}.weight": entries()[one]
+            for side, one in (("A", A), ("B", B))
+        }
+        (outside / name).write_bytes(safetensors(factors))
+        (folder / "adapter" / name).symlink_to(f"../outside/{name}")
+
+    return build
+
+
+def in_a_false_cache(folder: Path) -> None:
+    """Make weights that are a link into blobs, and those a link to others' files."""
+    fill_base(folder)
+    outside = folder / "outside"
+    outside.mkdir()
+    path = folder / "adapter" / WEIGHTS
+    path.rename(outside / "abc")
+    (folder / "adapter/blobs").symlink_to("../outside")
+    path.symlink_to("../adapter/blobs/abc")
+
+
+def waived(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Return the builder of a case whose author waives all that is wrong with it."""
+
+    def build(folder: Path) -> None:
+        make(folder)
+        for place in ("adapter", "."):
+            (folder / place / "lorahub-waivers.toml").write_text(
+                "".join(
+                    f'[[waiver]]\nrule = "{rule}"\nwhere = "*"\nreason = "I say so"\n'
+                    "until = 9999-12-31\n"
+                    for rule in ("LH021", "LH065", "LH080")
+                )
+            )
+
+    return build
+
+
 def bind(path: Path) -> None:
     """Make a socket; its path may be longer than a socket's may."""
     before = os.getcwd()
@@ -145,12 +193,116 @@ def only(name: str, data: bytes) -> Callable[[Path], None]:
     return build
 
 
+def huge(path: str) -> Callable[[Path], None]:
+    """Return the builder that puts 60 GB in the place of the first file of such a path."""
+
+    def build(folder: Path) -> None:
+        if path.startswith("base/") or not path.startswith(("package", "registry")):
+            fill_base(folder)
+        found = next((one for one in folder.glob(path) if one.is_file()), folder / path)
+        found.unlink(missing_ok=True)
+        hole(found)
+
+    return build
+
+
+TOKENIZER, LARGE = "adapter/tokenizer_config.json", "adapter/tokenizer.json"
+BASE, INDEX, MOST = "base/config.json", "base/model_index.json", "at most 1048576"
+
 # Whole matrices beside the factors.
 MATRIX = {"dtype": "F32", "shape": [16, 4], "data_offsets": [64, 320]}
 HEAD = {"base_model.model.lm_head.weight": MATRIX}
 WHOLE = {"base_model.model.model.layers.0.mlp.down_proj.weight": MATRIX}
 
+
+def names_of(count: int) -> dict[str, bytes]:
+    """Return the header of so many tensors without a number, and its spelling."""
+    return {
+        f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(count)
+    }
+
+
+def many_headers(folder: Path) -> None:
+    """Make a hundred files whose headers have 3 MB each."""
+    data = safetensors(names_of(45_000), b"")
+    for number in range(100):
+        (folder / f"adapter/x{number}.safetensors").write_bytes(data)
+
+
+def many_files(folder: Path) -> None:
+    for number in range(10_001):
+        (folder / f"adapter/{number:05}").touch()
+
+
+def gguf(fields: int, tensors: int, body: bytes) -> Callable[[Path], None]:
+    """Return the builder of a GGUF file that claims so many, alone in its folder."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+
+    def build(folder: Path) -> None:
+        only("x.gguf", head + body)(folder)
+        (folder / "adapter" / CONFIG).unlink()
+
+    return build
+
+
+def listed(kind: int, count: int) -> bytes:
+    """Return a field of a GGUF file: a list of so many zeros, or empty texts."""
+    each = 8 if kind == 8 else 1
+    return struct.pack("<Q1sIIQ", 1, b"k", 9, kind, count) + bytes(each * count)
+
+
+def flat(rank: int) -> Callable[[Path], None]:
+    """Return the builder of factors of one column and one row, and a huge rank."""
+    size = 4 * rank
+    header = {
+        A: {"dtype": "F32", "shape": [rank, 1], "data_offsets": [0, size]},
+        B: {"dtype": "F32", "shape": [1, rank], "data_offsets": [size, 2 * size]},
+    }
+
+    def build(folder: Path) -> None:
+        data = struct.pack("<f", 1.0) * rank + struct.pack("<f", math.nan) * rank
+        (folder / "adapter" / WEIGHTS).write_bytes(safetensors(header, data))
+        (folder / "adapter" / CONFIG).write_text(json.dumps(config(r=rank)))
+
+    return build
+
+
 CASES = (
+    *rows(
+        "adapter",
+        "strictly: LH028",
+        "28 floods",
+        ("a hundred headers of three megabytes", many_headers, "none is looked at"),
+    ),
+    *rows(
+        "adapter",
+        "strictly: LH023",
+        "28 floods",
+        ("ten thousand files beside", many_files, "none is looked at"),
+    ),
+    *rows(
+        "adapter",
+        "validate: LH021",
+        "28 floods",
+        (
+            "GGUF with a list of twenty million numbers",
+            gguf(1, 0, listed(0, 20_000_000)),
+            "more than 50000 values",
+        ),
+        (
+            "GGUF with a list of two million texts",
+            gguf(1, 0, listed(8, 2_000_000)),
+            "more than 50000 values",
+        ),
+        ("GGUF of half a million fields", gguf(500_000, 0, b""), "500000 fields"),
+        ("GGUF of half a million tensors", gguf(0, 500_000, b""), "500000 tensors"),
+    ),
+    *rows(
+        "adapter",
+        "validate: LH030",
+        "28 floods",
+        ("factors of one column and rank 100,000", flat(100_000), "100000 of 100000"),
+    ),
     *rows(
         "adapter",
         "validate: LH080",
@@ -162,6 +314,17 @@ CASES = (
         ),
         ("weights that are a link out of the folder", instead(WEIGHTS, link), "out of the"),
         ("card that is a link out of the folder", instead("README.md", link), "out of the"),
+        (
+            "weights of another dialect that are a link out of the folder",
+            only_linked("lora.safetensors"),
+            "out of the",
+        ),
+        ("GGUF that is a link out of the folder", only_linked("lora.gguf"), "out of the"),
+        (
+            "waivers that came with it",
+            waived(instead(CONFIG, link)),
+            "these waivers are not believed",
+        ),
         (
             "config that is a link to the environment",
             instead(CONFIG, lambda path: path.symlink_to("/proc/self/environ")),
@@ -184,6 +347,13 @@ CASES = (
         ),
         ("tokenizer that is a link to a secret", instead("tokenizer.json", link), "out of"),
         ("card to pack that is a link to a secret", instead("README.md", link), "out of"),
+        ("config to pack that is a link elsewhere", instead(CONFIG, link), "out of the"),
+        ("weights to pack that are a link elsewhere", instead(WEIGHTS, link), "out of the"),
+        (
+            "weights to pack in a cache that is none",
+            in_a_false_cache,
+            "out of the",
+        ),
     ),
     *rows(
         "adapter",
@@ -409,5 +579,30 @@ CASES = (
             ),
             "auto_map names Python code",
         ),
+    ),
+    *(
+        row
+        for kind, expected, name, path, says in (
+            ("package", "validate: LH001", "manifest", "package/lorahub.json", "4194304"),
+            ("package", "validate: LH041", "signature", "package/model.sig", "1048576"),
+            ("package", "verify: InputError", "bundle", "package/model.sig", "1048576"),
+            ("package", "validate: LH010", "card", "package/README.md", "1048576"),
+            ("package", "validate: LH010", "weights", f"package/{WEIGHTS}", "17179869184"),
+            ("adapter", "validate: LH081", "tokenizer's config", TOKENIZER, "16777216"),
+            ("adapter", "pack: InputError", "card", "adapter/README.md", "1048576"),
+            ("adapter", "pack: InputError", "tokenizer", LARGE, "67108864"),
+            ("adapter", "pack: DocumentError", "base's config", BASE, "4194304"),
+            ("adapter", "pack: DocumentError", "base's index", INDEX, "4194304"),
+            ("registry", "pull: IntegrityError", "config", "registry/config.json", MOST),
+            ("registry", "pull: IntegrityError", "event", "registry/index/*/*/*", MOST),
+            ("registry", "check: problem", "keys", "registry/keys/*/*", MOST),
+            ("registry", "check: problem", "blob", "registry/blobs/*/*/*", "60000000000"),
+        )
+        for row in rows(
+            kind,
+            expected,
+            "28 floods",
+            (f"{name} of 60 GB, all hole ({expected.partition(':')[0]})", huge(path), says),
+        )
     ),
 )

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import math
 import random
 import signal
 
@@ -11,7 +12,8 @@ import rfc8785
 
 from lora_hub import plain_json
 from lora_hub.errors import LoraHubError
-from lora_hub.formats.detect import source_from_files
+from lora_hub.formats.detect import open_adapter, source_from_files
+from lora_hub.formats.dialect import ReadOptions
 from lora_hub.package.package import load_source, read_package
 from lora_hub.signing import envelope, keys
 from lora_hub.signing.sign import sign
@@ -19,6 +21,9 @@ from lora_hub.signing.verify import verify
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import parse_header
 from lora_hub.validation.package import check_package
+from lora_hub.validation.weights import check_numbers
+from tests import adapters
+from tests.builders import tensor_bytes
 from tests.conformance.hostile import mutations
 from tests.conformance.hostile.case import (
     CONFIG,
@@ -173,6 +178,86 @@ def test_twenty_thousand_bundles(package):
             verify(data, digests, [public], where="package")
             # What still counts says the same as before it was changed.
             assert envelope.parse(data).payload
+
+
+# ── other dialects ───────────────────────────────────────────────────────────────────
+
+# dialect → an adapter that it can say, for the base of a language model or a pipeline
+SAID = {
+    "peft": (adapters.Q0, adapters.UP1),
+    "mlx": (adapters.Q0, adapters.UP1),
+    "loralib": (adapters.Q0, adapters.UP1),
+    "gguf": (adapters.Q0, adapters.UP1),
+    "kohya": (adapters.TO_Q, adapters.TEXT),
+    "diffusers": (adapters.TO_Q, adapters.TEXT),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    language = adapters.language_base(folder / "language")
+    pipeline = adapters.pipeline_base(folder / "pipeline")
+    return {name: pipeline if name in ("kohya", "diffusers") else language for name in SAID}
+
+
+def lycoris():
+    """Return files of LyCORIS: a Hadamard and a Kronecker product."""
+    at = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    shapes = {
+        **{f"{at}_to_q.hada_w{n}_{side}": shape
+           for n in (1, 2) for side, shape in (("a", (8, 2)), ("b", (2, 8)))},
+        **{f"{at}_to_out_0.lokr_{name}": shape
+           for name, shape in (("w1", (2, 2)), ("w2_a", (4, 1)), ("w2_b", (1, 4)))},
+    }  # fmt: skip
+    tensors = {name: ("F32", shape) for name, shape in shapes.items()}
+    tensors |= {f"{at}_{name}.alpha": ("F32", ()) for name in ("to_q", "to_out_0")}
+    data = {name: b"\0\0\x80\x3f" * math.prod(s) for name, (_, s) in tensors.items()}
+    return {"lora.safetensors": tensor_bytes(tensors, data)}
+
+
+def changed(files, rng):
+    """Return the files with one of them changed, in its header where it has one."""
+    name = rng.choice(sorted(files))
+    data = files[name]
+    if name.endswith(".json"):
+        made = mutations.text_of(mutations.value_of(json.loads(data), rng), rng)
+    elif name.endswith(".safetensors") and rng.random() < 0.7:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = mutations.value_of(json.loads(data[8:end]), rng)
+        made = safetensors(mutations.text_of(header, rng), data[end:])
+    elif name.endswith(".gguf") and rng.random() < 0.9:
+        # The head of some hundred bytes says what all the others mean.
+        made = mutations.bytes_of(data[:600], rng) + data[600:]
+    else:
+        made = mutations.bytes_of(data, rng)
+    return files | {name: made}
+
+
+@pytest.mark.parametrize("dialect", [*SAID, "lycoris"])
+def test_three_thousand_files_of_each_dialect(dialect, bases, tmp_path):
+    name = "kohya" if dialect == "lycoris" else dialect
+    base = bases[name]
+    adapter = adapters.source(*(adapters.part(target) for target in SAID[name]))
+    files = lycoris() if dialect == "lycoris" else adapters.written(name, adapter, base)
+    options = ReadOptions(base=base, alpha=4.0 if name == "loralib" else None)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+
+    def look(files, dialect):
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        with contextlib.suppress(LoraHubError):
+            source = open_adapter(folder, options, dialect=dialect)
+            check_numbers(source)
+            return len(source.updates)
+
+    assert look(files, name)
+    assert look(files, None)
+    read = 0
+    for made in each(8, 3_000, lambda rng: changed(files, rng)):
+        read += bool(look(made, name if read % 2 else None))
+    assert 30 < read < 3_000
 
 
 def slowly(data):

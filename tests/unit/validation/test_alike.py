@@ -20,12 +20,16 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return sign_package(tiny_package(tmp_path_factory.mktemp("alike") / "verse"), KEY)
+
+
 @pytest.fixture
-def folder(tmp_path):
-    folder = sign_package(tiny_package(tmp_path / "verse"), KEY)
+def folder(original, tmp_path):
     for _ in range(TIMES):
-        assert rules(folder) == ["LH043"]
-    return shutil.copytree(folder, tmp_path / "other")
+        assert rules(original) == ["LH043"]
+    return shutil.copytree(original, tmp_path / "other")
 
 
 def rules(folder):

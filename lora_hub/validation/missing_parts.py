@@ -1,4 +1,5 @@
-"""Findings about what a PEFT config announces beside the factors and the file lacks.
+"""Findings about what a PEFT config announces beside the factors and the file lacks, and
+about whole weights that the file brings and the config does not announce.
 
 PEFT itself passes over names that match nothing, and so do we where some match: lists are
 copied from one model to the next. Nothing at all is worth a word.
@@ -11,7 +12,7 @@ from lora_hub.formats.source import AdapterSource
 from lora_hub.validation.findings import Finding, finding
 
 
-def check_promises(
+def check_missing_parts(
     config: Mapping[str, Any], source: AdapterSource, where: str
 ) -> Iterator[Finding]:
     """Give findings about a config that was read; {} gives none.
@@ -32,6 +33,16 @@ def check_promises(
     beside = any(update.bias is not None for update in source.updates)
     if bias in ("all", "lora_only") and "bias" not in roles and not beside:
         yield finding("LH064", where, f"bias is {bias!r}, and no bias is in the weights")
+    targets = {update.target for update in source.updates}
+    for replaced in source.replacements:
+        is_target = replaced.name.rpartition(".")[0] in targets
+        if replaced.role == "embedding" and replaced.rows is None and not is_target:
+            yield finding(
+                "LH066",
+                where,
+                f"the weights bring a whole {replaced.name} "
+                f"({'×'.join(map(str, replaced.tensor.shape))}), which replaces the base's",
+            )
 
 
 # A module that is saved whole may be an embedding, too.
