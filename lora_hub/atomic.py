@@ -50,6 +50,18 @@ def replace(path: Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o6
             _flush_folder(path.parent)
 
 
+def rename(path: Path, new: Path) -> None:
+    """Give a file another name in its folder, unless something has that name already.
+
+    Raises:
+        StoreError: the name is taken, or the folder cannot be written.
+    """
+    with _errors(new):
+        os.link(path, new, follow_symlinks=False)
+        path.unlink()
+        _flush_folder(new.parent)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; when the block ends well it becomes `path`.

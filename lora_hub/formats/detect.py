@@ -209,9 +209,14 @@ def _with_weights(
     if dialect.check_config:
         dialect.check_config(config, f"{files.where}/{CONFIG_NAME}")
     name = files.chosen or dialect.weights_name
-    if name not in files.names:
+    if name in files.names:
+        return Detected(dialect, name, (evidence,))
+    # A copy of a download, or a checkpoint of training: there is nothing else to mean.
+    other = not_read.only_weights(files)
+    if files.chosen or other is None:
         raise not_read.without_weights(dialect, files)
-    return Detected(dialect, name, (evidence,))
+    said = f"{other!r} is the only file of weights beside it"
+    return Detected(dialect, other, (evidence, said))
 
 
 def _by_weights(files: Files, known: list[Dialect]) -> Detected:

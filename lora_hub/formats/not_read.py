@@ -157,6 +157,13 @@ def without_weights(dialect: Dialect, files: Files) -> FormatError:
     )
 
 
+def only_weights(files: Files) -> str | None:
+    """Return the one safetensors file in the folder, None where none or several are."""
+    weights = having(files.names, ".safetensors")
+    is_whole = len(weights) == 1 and not _SHARD.search(weights[0])
+    return weights[0] if is_whole else None
+
+
 def _renaming(weights: Sequence[str], dialect: Dialect) -> str:
     if any(_SHARD.search(name) for name in weights):
         return f"the adapter is in parts: save it in one {dialect.weights_name}"

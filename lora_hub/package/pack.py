@@ -20,7 +20,7 @@ from lora_hub.base.folder import BaseInFolder, describe
 from lora_hub.base.pipeline import open_base
 from lora_hub.base.structure import Structure, check_structure
 from lora_hub.errors import InputError
-from lora_hub.formats.detect import open_adapter, source_from_files
+from lora_hub.formats.detect import detect_and_read, source_from_files
 from lora_hub.formats.dialect import ReadOptions
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest import codec
@@ -151,7 +151,7 @@ def plan_package(
     options = replace(options or ReadOptions(), base=base)
     if os.path.isdir(src):  # false, too, where we may not look
         contents.refuse_links(src)
-    source = open_adapter(src, options, dialect=dialect)
+    detected, source = detect_and_read(src, options, dialect=dialect)
     contents.refuse_unsaid(source)
     names = sorted(entry.name for entry in src.iterdir())
     contents.refuse_pickles(names, src)
@@ -189,7 +189,7 @@ def plan_package(
         "task": {"id": task, "languages": list(languages)},
         **_derived(_as_written(files, src), files),
     }
-    left_out = tuple(sorted({*names} - {*files}))
+    left_out = tuple(sorted({*names} - {*files, detected.weights_name}))
     return replace(_finished(value, files), left_out=left_out, new=structure.new)
 
 

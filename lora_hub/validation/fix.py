@@ -1,8 +1,9 @@
-"""What validation can mend by itself: the config of a bare PEFT folder.
+"""What validation can mend by itself: the config of a bare PEFT folder, and file names.
 
 Keys at PEFT's own defaults go, and so does a base named by a local path: it says nothing to
 others and tells where the adapter was trained. What differs from the defaults stays as it
-is, weights are never touched, and packages never: their bytes are signed.
+is. Weights get the name that PEFT looks for where they are the only ones; their bytes are
+never touched, and packages never: theirs are signed.
 
 Source of the defaults: PEFT 0.21.2, `tuners/lora/config.py`.
 """
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_hub import atomic, strict_json
-from lora_hub.errors import DocumentError
+from lora_hub.errors import DocumentError, LoraHubError
+from lora_hub.formats.detect import detect_and_read
 from lora_hub.formats.files import CONFIG_NAME
+from lora_hub.formats.peft_tensors import WEIGHTS_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.signing.statement import SIGNATURE_NAME
 from lora_hub.validation.base_name import is_local
@@ -32,7 +35,7 @@ _KEPT = frozenset({"lora_alpha", "peft_type", "r", "target_modules"})
 
 
 def fix_folder(folder: Path) -> tuple[str, ...]:
-    """Rewrite the config of an adapter's folder; return what was changed, in words.
+    """Mend the config of an adapter's folder and its names; return the changes, in words.
 
     Nothing is changed where the folder is a package, or its config is no LoRA's or cannot
     be read: validation says why.
@@ -50,7 +53,22 @@ def fix_folder(folder: Path) -> tuple[str, ...]:
     mended, changes = mend_config(config)
     if changes:
         atomic.replace(path, [json.dumps(mended, indent=2).encode() + b"\n"])
-    return tuple(f"{path}: {change}" for change in changes)
+    said = [f"{path}: {change}" for change in changes]
+    if config.get("peft_type") == "LORA":
+        said += _renamed(folder)
+    return tuple(said)
+
+
+def _renamed(folder: Path) -> list[str]:
+    """Give the adapter's weights PEFT's name; return what was done, [] for nothing."""
+    try:
+        weights = folder / detect_and_read(folder)[0].weights_name
+    except LoraHubError:
+        return []  # it may be no adapter's file
+    if weights.name == WEIGHTS_NAME or weights.is_symlink():
+        return []
+    atomic.rename(weights, folder / WEIGHTS_NAME)
+    return [f"{weights}: renamed to {WEIGHTS_NAME}"]
 
 
 def mend_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

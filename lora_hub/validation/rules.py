@@ -282,6 +282,13 @@ RULES = {
         "if it was not trained, save again with save_embedding_layers=False; if it was, "
         "name it in modules_to_save",
     ),
+    "LH067": Rule(
+        "the weights have the name that tools look for",
+        "warning",
+        "PEFT and the engines look for adapter_model.safetensors and for nothing else: "
+        "they find no adapter here",
+        "rename the file, as `lorahub validate --fix` does; `lorahub pack` takes it so",
+    ),
     "LH080": Rule(
         "no link leads out of the adapter's folder",
         "error",

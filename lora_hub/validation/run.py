@@ -6,7 +6,7 @@ registry, whose every published version is then checked as a package.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _check_adapter(
     found += _check_headers(folder)
     config = _config_of(folder)
     found += check_texts(config, f"{where}/{CONFIG_NAME}")
-    if pointers & {f"{where}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAME)}:
+    if any(name.endswith((CONFIG_NAME, ".safetensors")) for name in pointers):
         return found  # there is nothing to read yet
     source, why_not = try_source(
         lambda: open_adapter(folder, options, dialect=dialect), where
@@ -144,6 +144,7 @@ def _check_adapter(
     if source is not None:
         found += check_numbers(source)
         found += check_missing_parts(config, source, f"{where}/{CONFIG_NAME}")
+        found += _check_name(folder, config)
     if "peft_type" in config or source is not None:
         at = f"{where}/{CONFIG_NAME}" if config else where
         found += check_base(
@@ -152,6 +153,14 @@ def _check_adapter(
             at,
         )
     return [*why_not, *found]
+
+
+def _check_name(folder: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Give a finding where PEFT would not find the weights that were read."""
+    if "peft_type" in config and not (folder / WEIGHTS_NAME).exists():
+        yield finding(
+            "LH067", str(folder), f"there is no {WEIGHTS_NAME}; another file was read"
+        )
 
 
 def _check_headers(folder: Path) -> list[Finding]:

@@ -64,15 +64,23 @@ def test_weights_under_odd_names_are_read_when_the_file_is_named(
     ]
 
 
-NO_WEIGHTS = "there is no adapter_model.safetensors; found"
+ODD_NAME = "there is no adapter_model.safetensors; another file was read"
 FOUND = {
-    "gpt-neo-movies": [("LH021", "", f"{NO_WEIGHTS} 'Copy of adapter_model.safetensors'")],
+    "gpt-neo-movies": [("LH067", "", ODD_NAME)],
     "gpt2-chatbot": [
-        ("LH021", "", f"{NO_WEIGHTS} 'model.safetensors'"),
+        ("LH067", "", ODD_NAME),
         ("LH026", f"/{CONFIG}", "the base is named without its owner"),
     ],
     "mlx-example": [
-        ("LH021", "", f"there is no adapters.safetensors; found {MLX.name!r}"),
+        (
+            "LH021",
+            f"/{CONFIG}#/lora_parameters",
+            (
+                "alpha is 16 and scale 10: MLX-LM today multiplies by scale (10), its "
+                "first versions by scale · alpha/rank (20), and nothing here says which of them "
+                "trained this"
+            ),
+        ),
     ],
     "privacy-filter-token-cls": [],
     "sam-w_a-w_b": [

@@ -86,9 +86,9 @@ REFUSED = {
         f"there is no {WEIGHTS}; found 'adapter_model-00001-of-00002.safetensors'",
         "the adapter is in parts",
     ),
-    "weights in capitals": (
-        {"adapter_config.json": config(), "ADAPTER_MODEL.SAFETENSORS": GOOD},
-        f"there is no {WEIGHTS}; found 'ADAPTER_MODEL.SAFETENSORS'",
+    "weights of two names": (
+        {"adapter_config.json": config(), "A.SAFETENSORS": GOOD, "b.safetensors": GOOD},
+        f"there is no {WEIGHTS}; found 'A.SAFETENSORS', 'b.safetensors'",
         f"rename it to {WEIGHTS}",
     ),
     "no weights": (

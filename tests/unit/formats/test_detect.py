@@ -5,7 +5,13 @@ import shutil
 import pytest
 
 from lora_hub.errors import DocumentError, FormatError, InputError, TensorFileError
-from lora_hub.formats.detect import DIALECTS, detect, open_adapter, source_from_files
+from lora_hub.formats.detect import (
+    DIALECTS,
+    detect,
+    detect_and_read,
+    open_adapter,
+    source_from_files,
+)
 from lora_hub.formats.dialect import ReadOptions
 from tests import adapters
 from tests.builders import tensor_bytes, tiny_adapter
@@ -69,9 +75,9 @@ BAD = [
         "'adapter_model.bin' is a pickle, which can run code",
     ),
     (
-        {"adapter_config.json": LORA, "Copy of adapter_model.safetensors": b""},
+        {"adapter_config.json": LORA, "a.safetensors": b"", "b.safetensors": b""},
         FormatError,
-        "found 'Copy of adapter_model.safetensors'",
+        "found 'a.safetensors', 'b.safetensors'",
     ),
     (
         {"adapter_config.json": b'{"fine_tune_type":"lora","num_layers":4}'},
@@ -188,6 +194,17 @@ def test_what_a_dialect_writes_is_detected_with_evidence_and_opened(dialect, tmp
 
     assert (found.dialect.name, found.evidence) == (dialect, (EVIDENCE[dialect],))
     assert [update.scaling for update in source.updates] == [2.0]
+
+
+def test_the_only_weights_beside_a_config_are_the_adapters_whatever_their_name(tmp_path):
+    name = "Copy of adapter_model.safetensors"
+    fill(tmp_path, {"adapter_config.json": LORA, name: WEIGHTS})
+
+    found, source = detect_and_read(tmp_path)
+
+    assert found.weights_name == name
+    assert found.evidence[1] == f"{name!r} is the only file of weights beside it"
+    assert [update.scaling for update in source.updates] == [1.0]
 
 
 def test_file_of_weights_may_be_given_in_place_of_its_folder(tmp_path):

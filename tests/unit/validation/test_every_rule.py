@@ -92,6 +92,10 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
+def renamed(name, new):
+    return lambda folder: (folder / name).rename(folder / new)
+
+
 def link(name, to):
     def change(folder):
         (folder.parent / "elsewhere").write_text("a text")
@@ -279,6 +283,7 @@ TABLE = {
         added("model.embed_tokens.weight", HEAD),
         added("model.embed_tokens.weight", HEAD, modules_to_save=["embed_tokens"]),
     ),
+    "LH067": (adapter, renamed(WEIGHTS, "model.safetensors"), nothing),
     "LH080": (adapter, link("README.md", "../elsewhere"), link("README.md", "here")),
     "LH081": (
         adapter,

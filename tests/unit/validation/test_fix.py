@@ -7,7 +7,7 @@ from lora_hub.public import packaging
 from lora_hub.validation.fix import fix_folder, mend_config
 from lora_hub.validation.run import validate
 from tests import packages
-from tests.builders import tiny_adapter
+from tests.builders import tiny_adapter, tiny_base
 
 
 def config_of(folder):
@@ -101,3 +101,30 @@ def test_config_that_is_no_loras_stays_as_it_is(data, tmp_path):
 
     assert fix_folder(tmp_path) == ()
     assert (tmp_path / "adapter_config.json").read_bytes() == data
+
+
+def test_the_only_weights_get_the_name_that_peft_looks_for(tmp_path):
+    folder = tiny_adapter(tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.rename(folder / "Copy of adapter_model.safetensors")
+
+    said = fix_folder(folder)
+
+    odd = folder / "Copy of adapter_model.safetensors"
+    assert said[-1] == f"{odd}: renamed to adapter_model.safetensors"
+    assert weights.read_bytes() == data
+    assert not odd.exists()
+    assert not [each for each in validate(folder) if each.rule == "LH067"]
+
+
+def test_weights_that_are_no_adapters_keep_their_name(tmp_path):
+    folder = tiny_adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    tiny_base(tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(folder / "model.safetensors")
+
+    fix_folder(folder)
+
+    assert (folder / "model.safetensors").exists()
+    assert not (folder / "adapter_model.safetensors").exists()
