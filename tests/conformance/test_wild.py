@@ -77,8 +77,8 @@ FOUND = {
             f"/{CONFIG}#/lora_parameters",
             (
                 "alpha is 16 and scale 10: MLX-LM today multiplies by scale (10), its "
-                "first versions by scale · alpha/rank (20), and nothing here says which of them "
-                "trained this"
+                "first versions by scale · alpha/rank (20), and nothing here says which "
+                "of them trained this"
             ),
         ),
     ],
