@@ -7,10 +7,12 @@ parameter back. The `Parameter` itself is never written to, and outside of a for
 module holds it as ever.
 """
 
+import functools
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from jaxtyping import Shaped
@@ -23,6 +25,31 @@ from lora_hub.composing.linear import Term
 from lora_hub.errors import InputError
 from lora_hub.runtime.added import by_groups
 from lora_hub.runtime.layers import Place
+
+_P = ParamSpec("_P")
+
+
+def _uncompiled(hook: Callable[_P, None]) -> Callable[_P, None]:
+    """Return the hook so that torch.compile leaves it as it is.
+
+    It sees neither threads nor a tensor that is kept. `torch.compiler.disable` takes a
+    second and 80 MB to import, so it waits until somebody compiles.
+    """
+
+    @functools.wraps(hook)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if "torch._dynamo" not in sys.modules:
+            return hook(*args, **kwargs)
+        if hook not in _disabled:
+            disable = torch.compiler.disable
+            _disabled[hook] = disable(hook)  # type: ignore[no-untyped-call]
+        return _disabled[hook](*args, **kwargs)
+
+    return called
+
+
+# hook → the same, as torch.compile is told to leave it
+_disabled: dict[Callable[..., None], Callable[..., None]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +100,7 @@ class Swap:
             return True
         return bool(self._replaced(own).isfinite().all())
 
-    # torch.compile leaves both as they are: it sees neither threads nor a tensor kept.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types here
+    @_uncompiled
     def before(self, module: nn.Module, _args: object) -> None:
         """Put the new tensor in; called by torch before the forward.
 
@@ -96,7 +122,7 @@ class Swap:
         if len(self._held) == 1:  # a forward inside a forward finds it in place
             home[name] = self._value(own)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
+    @_uncompiled
     def after(self, module: nn.Module, _args: object, _output: object) -> None:
         """Put the parameter back; called by torch after a forward, also a failed one."""
         if self._held and self._held[-1][0] == threading.get_ident():
