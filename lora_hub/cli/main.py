@@ -5,6 +5,7 @@ little more than Python and click. All errors are printed here and nowhere else.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -93,7 +94,11 @@ def main() -> None:
     _open_closed_streams()
     # A cancelled job is stopped with SIGTERM: clean up as after ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # Python ends by looking through all that lives for cycles, to free memory that the
+    # system takes back anyway: 28 of the 210 ms of a `validate`.
+    gc.freeze()
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:

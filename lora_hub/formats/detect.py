@@ -6,23 +6,14 @@ in the header do, every one of them. Two readings are never chosen between: the 
 asked. A pickle that lies beside is never opened.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_hub.errors import FormatError
-from lora_hub.formats import (
-    diffusers,
-    gguf,
-    kohya,
-    loralib,
-    mlx,
-    mlx_config,
-    not_read,
-    peft_config,
-    peft_files,
-)
+from lora_hub.formats import not_read
 from lora_hub.formats.dialect import Dialect, Given, Glance, ReadOptions
 from lora_hub.formats.files import (
     CONFIG_NAME,
@@ -32,70 +23,125 @@ from lora_hub.formats.files import (
     open_files,
 )
 from lora_hub.formats.source import AdapterSource
+from lora_hub.recent import MAX_KEY_BYTES, Recent
+
+
+def _peft() -> Dialect:
+    from lora_hub.formats import peft_config, peft_files
+
+    return Dialect(
+        name="peft",
+        title="PEFT",
+        weights_name=peft_files.WEIGHTS_NAME,
+        says=peft_files.SAYS,
+        read=peft_files.read,
+        write=peft_files.write,
+        claim_config=peft_files.claim_config,
+        check_config=peft_config.check_config,
+    )
+
+
+def _mlx() -> Dialect:
+    from lora_hub.formats import mlx, mlx_config
+
+    return Dialect(
+        name="mlx",
+        title="MLX-LM",
+        weights_name=mlx.WEIGHTS_NAME,
+        says=mlx.SAYS,
+        read=mlx.read,
+        write=mlx.write,
+        claim_config=mlx.claim_config,
+        claim_weights=mlx.claim_weights,
+        check_config=mlx_config.check_config,
+    )
+
+
+def _kohya() -> Dialect:
+    from lora_hub.formats import kohya
+
+    return Dialect(
+        name="kohya",
+        title="kohya's sd-scripts",
+        weights_name=kohya.WEIGHTS_NAME,
+        says=kohya.SAYS,
+        read=kohya.read,
+        write=kohya.write,
+        claim_weights=kohya.claim_weights,
+    )
+
+
+def _diffusers() -> Dialect:
+    from lora_hub.formats import diffusers
+
+    return Dialect(
+        name="diffusers",
+        title="diffusers",
+        weights_name=diffusers.WEIGHTS_NAME,
+        says=diffusers.SAYS,
+        read=diffusers.read,
+        write=diffusers.write,
+        claim_weights=diffusers.claim_weights,
+    )
+
+
+def _loralib() -> Dialect:
+    from lora_hub.formats import loralib
+
+    return Dialect(
+        name="loralib",
+        title="loralib",
+        weights_name=loralib.WEIGHTS_NAME,
+        says=loralib.SAYS,
+        read=loralib.read,
+        write=loralib.write,
+        claim_weights=loralib.claim_weights,
+    )
+
+
+def _gguf() -> Dialect:
+    from lora_hub.formats import gguf
+
+    return Dialect(
+        name="gguf",
+        title="llama.cpp",
+        weights_name=gguf.WEIGHTS_NAME,
+        says=gguf.SAYS,
+        read=gguf.read,
+        write=gguf.write,
+        claim_weights=gguf.claim_weights,
+    )
+
+
+class _Table(Mapping[str, Dialect]):
+    """Name → dialect. A row is made when it is asked for: most readers of packages need
+    one, and the others' files take a tenth of the start-up.
+    """
+
+    def __init__(self, rows: Mapping[str, Callable[[], Dialect]]) -> None:
+        self._rows = {name: functools.cache(row) for name, row in rows.items()}
+
+    def __getitem__(self, name: str) -> Dialect:
+        return self._rows[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
 
 # name → dialect
-DIALECTS: Mapping[str, Dialect] = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect(
-            name="peft",
-            title="PEFT",
-            weights_name=peft_files.WEIGHTS_NAME,
-            says=peft_files.SAYS,
-            read=peft_files.read,
-            write=peft_files.write,
-            claim_config=peft_files.claim_config,
-            check_config=peft_config.check_config,
-        ),
-        Dialect(
-            name="mlx",
-            title="MLX-LM",
-            weights_name=mlx.WEIGHTS_NAME,
-            says=mlx.SAYS,
-            read=mlx.read,
-            write=mlx.write,
-            claim_config=mlx.claim_config,
-            claim_weights=mlx.claim_weights,
-            check_config=mlx_config.check_config,
-        ),
-        Dialect(
-            name="kohya",
-            title="kohya's sd-scripts",
-            weights_name=kohya.WEIGHTS_NAME,
-            says=kohya.SAYS,
-            read=kohya.read,
-            write=kohya.write,
-            claim_weights=kohya.claim_weights,
-        ),
-        Dialect(
-            name="diffusers",
-            title="diffusers",
-            weights_name=diffusers.WEIGHTS_NAME,
-            says=diffusers.SAYS,
-            read=diffusers.read,
-            write=diffusers.write,
-            claim_weights=diffusers.claim_weights,
-        ),
-        Dialect(
-            name="loralib",
-            title="loralib",
-            weights_name=loralib.WEIGHTS_NAME,
-            says=loralib.SAYS,
-            read=loralib.read,
-            write=loralib.write,
-            claim_weights=loralib.claim_weights,
-        ),
-        Dialect(
-            name="gguf",
-            title="llama.cpp",
-            weights_name=gguf.WEIGHTS_NAME,
-            says=gguf.SAYS,
-            read=gguf.read,
-            write=gguf.write,
-            claim_weights=gguf.claim_weights,
-        ),
-    )
-}
+DIALECTS: Mapping[str, Dialect] = _Table(
+    {
+        "peft": _peft,
+        "mlx": _mlx,
+        "kohya": _kohya,
+        "diffusers": _diffusers,
+        "loralib": _loralib,
+        "gguf": _gguf,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +217,28 @@ def source_from_files(
         FormatError: there is no adapter, or something in it cannot be applied exactly.
             DocumentError, TensorFileError: a file is broken.
     """
-    files = Files(where, frozenset(names), read, lambda name: Glance(name, b"", None))
-    config = files.config()
-    detected = _detect(files, config, "peft")
-    weights = read(detected.weights_name)
-    given = Given(where, detected.weights_name, weights, config or {})
-    return detected.dialect.read(given, ReadOptions())
+    dialect = DIALECTS["peft"]
+    data = read(CONFIG_NAME) if CONFIG_NAME in names else b""
+    config = _RECENT.get(data) if dialect.weights_name in names else None
+    if config is not None:
+        weights_name = dialect.weights_name
+    else:
+        files = Files(
+            where,
+            frozenset(names),
+            lambda name: data if name == CONFIG_NAME else read(name),  # read once
+            lambda name: Glance(name, b"", None),
+        )
+        config = files.config()
+        weights_name = _detect(files, config, dialect.name).weights_name
+        if config is not None and len(data) <= MAX_KEY_BYTES:
+            _RECENT.keep(data, config)
+    given = Given(where, weights_name, read(weights_name), config or {})
+    return dialect.read(given, ReadOptions())
+
+
+# The bytes of a config of PEFT's → the object in it, in which nothing was refused.
+_RECENT: Recent[dict[str, Any]] = Recent()
 
 
 # ── what it is ───────────────────────────────────────────────────────────────────────

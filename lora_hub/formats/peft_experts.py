@@ -49,6 +49,8 @@ def find_parameters(
         FormatError: the names of the tensors and target_parameters disagree, or the order
             of a module's parameters is not known.
     """
+    if not config.get("target_parameters") and not any(depth for _, depth in named.updates):
+        return {}
     depths: dict[str, list[int]] = {}
     for module, depth in named.updates:
         depths.setdefault(module, []).append(depth)

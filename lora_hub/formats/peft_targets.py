@@ -202,22 +202,20 @@ def _matcher(chosen: Any, where: str, budget: Budget) -> Callable[[str], bool]:
         return Pattern(chosen, where=where, budget=budget, whole=True).is_match
     names = frozenset(chosen)
     if len(names) > _FEW:
-        return lambda key: not names.isdisjoint(_endings(key))
+        return lambda key: key in names or not names.isdisjoint(_endings(key))
     tails = tuple(f".{name}" for name in names)
     return lambda key: key in names or key.endswith(tails)
 
 
 def _unmatched(entries: Iterable[str], keys: Sequence[str]) -> list[str]:
     """Return the entries of a list that mean none of the modules."""
-    unmatched = dict.fromkeys(entries)
-    if len(unmatched) > _FEW:
-        found = _among(unmatched, keys)
-        return [entry for entry in unmatched if entry not in found]
     whole = set(keys)
+    unmatched = [entry for entry in dict.fromkeys(entries) if entry not in whole]
+    if len(unmatched) > _FEW:
+        found = _among(frozenset(unmatched), keys)
+        return [entry for entry in unmatched if entry not in found]
     return [
-        entry
-        for entry in unmatched
-        if entry not in whole and not any(key.endswith(f".{entry}") for key in keys)
+        entry for entry in unmatched if not any(key.endswith(f".{entry}") for key in keys)
     ]
 
 

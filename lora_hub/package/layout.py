@@ -140,7 +140,7 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
     Raises:
         InputError: it is missing, no regular file, larger than `max_bytes`, or unreadable.
     """
-    path = folder / name
+    path = os.path.join(folder, name)
     # Without O_NONBLOCK, opening a named pipe would wait for its writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
@@ -148,11 +148,11 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"is a {_kind(status.st_mode)}", where=str(path))
+                raise InputError(f"is a {_kind(status.st_mode)}", where=path)
             if status.st_size > max_bytes:
                 raise InputError(
                     f"the file has {status.st_size} bytes, at most {max_bytes} are read",
-                    where=str(path),
+                    where=path,
                 )
             data = os.read(descriptor, status.st_size)
             if len(data) == status.st_size:
@@ -163,7 +163,7 @@ def read_file(folder: Path, name: str, max_bytes: int) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(Path(path), error) from error
 
 
 _KINDS = (

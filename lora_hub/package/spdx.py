@@ -5,6 +5,7 @@ every month, is asked apart (`unlisted`).
 Source: https://spdx.github.io/spdx-spec/v3.0.1/annexes/spdx-license-expressions/.
 """
 
+import functools
 import re
 from itertools import accumulate
 
@@ -23,6 +24,8 @@ _OPERATORS = ("AND", "OR", "WITH")
 _NO_LICENSES = frozenset({"other", "unknown", "none", "noassertion", "proprietary", "free"})
 
 
+# Here and below: who checks many packages meets the same few licences.
+@functools.lru_cache(maxsize=256)
 def check_license(text: str) -> None:
     """Raise `InputError` unless the text is an SPDX expression by its form."""
     if len(text) > _MAX_CHARACTERS:
@@ -49,6 +52,7 @@ def identifiers(text: str) -> tuple[str, ...]:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def unlisted(text: str) -> tuple[str, ...]:
     """Return the licences of a checked expression that are not on SPDX's list.
 

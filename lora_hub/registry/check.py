@@ -7,11 +7,11 @@ from lora_hub import digest, refs
 from lora_hub.errors import IntegrityError, TrustError
 from lora_hub.package.layout import LARGEST_BYTES
 from lora_hub.registry.chain import Link, seq_of
-from lora_hub.registry.documents import PublishEvent
+from lora_hub.registry.documents import CONFIG, PublishEvent
 from lora_hub.registry.fetch import open_published
 from lora_hub.registry.problem import Problem, noted
 from lora_hub.registry.publish import describe
-from lora_hub.registry.registry import CONFIG, Entry, Registry, blob_path
+from lora_hub.registry.registry import Entry, Registry, blob_path
 from lora_hub.registry.resolve import resolved
 from lora_hub.registry.verify import check_signature
 from lora_hub.signing.statement import SIGNATURE_NAME

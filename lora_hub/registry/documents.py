@@ -25,6 +25,7 @@ from lora_hub.manifest.document import (
     spelt,
 )
 
+CONFIG = "config.json"
 MAX_EVENT_BYTES = 1 << 20
 
 Hint = Annotated[str, spelt("[0-9a-f]{64}", "see signing/keys.py")]

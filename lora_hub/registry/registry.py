@@ -14,6 +14,7 @@ from lora_hub.errors import (
 from lora_hub.registry import authority, chain, documents
 from lora_hub.registry.chain import Link, Recorded
 from lora_hub.registry.documents import (
+    CONFIG,
     Event,
     KeyEvent,
     PublishEvent,
@@ -24,8 +25,6 @@ from lora_hub.registry.documents import (
 from lora_hub.registry.stores.local import LocalStore
 from lora_hub.registry.stores.protocol import Store
 from lora_hub.signing import keys
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_hub import links, strict_json
 from lora_hub.errors import DocumentError, InputError, LoraHubError
@@ -18,10 +18,7 @@ from lora_hub.formats.files import CONFIG_NAME, MAX_HEADERS_BYTES, WEIGHTS
 from lora_hub.formats.peft import WEIGHTS_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
 from lora_hub.package import layout
-from lora_hub.registry.check import check as check_whole
-from lora_hub.registry.fetch import open_published
-from lora_hub.registry.registry import CONFIG, Registry, open_registry
-from lora_hub.registry.resolve import resolved
+from lora_hub.registry.documents import CONFIG
 from lora_hub.registry.trust import TrustStore
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import ADAPTER_LIMITS
@@ -29,12 +26,15 @@ from lora_hub.validation.base_name import check_base
 from lora_hub.validation.findings import Checked, Finding, fewer, finding, from_error
 from lora_hub.validation.metadata import check_header
 from lora_hub.validation.missing_parts import check_missing_parts
-from lora_hub.validation.package import check_package, try_source
-from lora_hub.validation.sharing import shared
+from lora_hub.validation.package import begin, check_package, finish, try_source
+from lora_hub.validation.sharing import chunks, shared
 from lora_hub.validation.subjects import subjects_of
 from lora_hub.validation.surroundings import check_surroundings
 from lora_hub.validation.texts import check_texts
 from lora_hub.validation.weights import check_numbers
+
+if TYPE_CHECKING:
+    from lora_hub.registry.registry import Registry
 
 # Below this, checking small adapters takes less time than starting processes does.
 MANY = 64
@@ -53,20 +53,7 @@ def validate(
     Raises:
         InputError: there is no such folder.
     """
-    if not path.is_dir():
-        raise InputError(
-            "is no folder" if path.exists() else "there is no such folder",
-            where=str(path),
-            hint="give the folder of a package, an adapter or a registry",
-        )
-    try:
-        check = next((check for is_kind, check in _KINDS if is_kind(path)), None)
-        if check is not None:
-            return tuple(check(path))
-        return tuple(fewer(_check_adapter(path, options, dialect), str(path)))
-    except OSError as error:  # of one folder, which says nothing of the others
-        at = str(error.filename or path)
-        return (finding("LH021", at, f"cannot be read: {error.strerror}"),)
+    return _finish(path, _begin(path, options, dialect, _pinned_keys))
 
 
 def check_all(
@@ -88,11 +75,11 @@ def check_all(
         InputError: a path does not exist.
     """
     folders = subjects(paths)
-    check = functools.partial(validate, options=options, dialect=dialect)
+    check = functools.partial(_validate_some, options=options, dialect=dialect)
     if processes > 1 and len(folders) >= MANY:
         found = shared(check, folders, processes)
     else:
-        found = [check(folder) for folder in folders]
+        found = [one for some in chunks(folders) for one in check(some)]
     return tuple(map(Checked, map(str, folders), found))
 
 
@@ -105,15 +92,63 @@ def subjects(paths: Sequence[Path]) -> tuple[Path, ...]:
     )
 
 
-def _check_package(folder: Path) -> list[Finding]:
+# What is left of a check that has begun.
+_Rest = Callable[[], Sequence[Finding]]
+_KeysOf = Callable[[str], tuple[bytes, ...]]
+
+
+def _validate_some(
+    paths: Sequence[Path], options: ReadOptions | None, dialect: str | None
+) -> list[tuple[Finding, ...]]:
+    """Return what `validate` does for each path; all are begun before any is finished."""
+    # A pin is looked up once for all of them.
+    keys_of = functools.cache(_pinned_keys)
+    begun = [_begin(path, options, dialect, keys_of) for path in paths]
+    return [_finish(path, rest) for path, rest in zip(paths, begun, strict=True)]
+
+
+def _begin(
+    path: Path, options: ReadOptions | None, dialect: str | None, keys_of: _KeysOf
+) -> _Rest:
+    """Begin the check of a folder and return the rest of it; errors as `validate`."""
+    try:
+        if (path / MANIFEST_NAME).exists():
+            return _begin_package(path, keys_of)
+        if _is_registry(path):
+            return lambda: _check_registry(path)
+    except OSError as error:
+        found = _unreadable(path, error)
+        return lambda: found
+    if not path.is_dir():
+        raise InputError(
+            "is no folder" if path.exists() else "there is no such folder",
+            where=str(path),
+            hint="give the folder of a package, an adapter or a registry",
+        )
+    return lambda: fewer(_check_adapter(path, options, dialect), str(path))
+
+
+def _finish(path: Path, rest: _Rest) -> tuple[Finding, ...]:
+    try:
+        return tuple(rest())
+    except OSError as error:  # of one folder, which says nothing of the others
+        return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: OSError) -> tuple[Finding, ...]:
+    at = str(error.filename or path)
+    return (finding("LH021", at, f"cannot be read: {error.strerror}"),)
+
+
+def _begin_package(folder: Path, keys_of: _KeysOf) -> _Rest:
+    where = str(folder)
     try:
         names = layout.list_files(folder)
     except LoraHubError as error:
-        return [from_error("LH012", error, str(folder))]
-    where = str(folder)
-    return fewer(
-        check_package(layout.reader(folder), names, _pinned_keys, where=where), where
-    )
+        found = [from_error("LH012", error, where)]
+        return lambda: found
+    begun = begin(layout.reader(folder), names, keys_of, where=where)
+    return lambda: fewer(finish(begun), where)
 
 
 def _pinned_keys(namespace: str) -> tuple[bytes, ...]:
@@ -205,6 +240,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _check_registry(folder: Path) -> list[Finding]:
+    from lora_hub.registry.check import check as check_whole
+    from lora_hub.registry.registry import open_registry
+
     registry = open_registry(folder)
     problems = check_whole(registry)
     found = fewer(
@@ -218,7 +256,10 @@ def _check_registry(folder: Path) -> list[Finding]:
     return found
 
 
-def _check_versions(registry: Registry, name: str) -> list[Finding]:
+def _check_versions(registry: "Registry", name: str) -> list[Finding]:
+    from lora_hub.registry.fetch import open_published
+    from lora_hub.registry.resolve import resolved
+
     found = []
     for entry in registry.versions(name):
         # As in `registry.check`: a withdrawn version may outlive the belief in its key.
@@ -238,10 +279,3 @@ def _is_registry(folder: Path) -> bool:
     except DocumentError:
         return False
     return str(config.get("schema", "")).startswith("lorahub.registry/")
-
-
-# What else a folder is, is an adapter.
-_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], list[Finding]]], ...] = (
-    (lambda folder: (folder / MANIFEST_NAME).exists(), _check_package),
-    (_is_registry, _check_registry),
-)

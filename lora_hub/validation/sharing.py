@@ -1,4 +1,4 @@
-"""One function over many arguments, shared between processes.
+"""One function over many arguments, some at a time, shared between processes.
 
 Threads gain nothing here: most of the time of checking small adapters is the
 interpreter's own. Where it is safe, the processes are copies of this one, which start in
@@ -9,14 +9,15 @@ asks for more than one guards its own start with `__main__`.
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
-# How many arguments a process takes at once: few, so that all end together.
-CHUNK = 8
+# How many arguments a process takes at once; fewer towards the end, so that all end
+# together. Of packages as large as can be, so many manifests take 240 MB.
+MOST = 16
 
 # Collecting cycles after each of so many new objects: a check makes no cycles.
 _SELDOM = 100_000
@@ -25,13 +26,28 @@ _SELDOM = 100_000
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def chunks(
+    arguments: Sequence[Argument], processes: int = 1
+) -> Iterator[Sequence[Argument]]:
+    """Give the arguments in their order, some at a time."""
+    start = 0
+    while start < len(arguments):
+        left = len(arguments) - start
+        end = start + min(MOST, 1 + left // (8 * processes))
+        yield arguments[start:end]
+        start = end
+
+
 def shared(
-    run: Callable[[Argument], Result], arguments: Sequence[Argument], processes: int
+    run: Callable[[Sequence[Argument]], Sequence[Result]],
+    arguments: Sequence[Argument],
+    processes: int,
 ) -> list[Result]:
     """Return what `run` gives for each of the arguments, in their order.
 
     Args:
-        run: of the top level of a module, or a partial of such; it changes nothing.
+        run: some arguments → as many results; of the top level of a module, or a partial
+            of such; it changes nothing.
         arguments: one at least.
         processes: how many share the work, two at least.
     """
@@ -39,14 +55,16 @@ def shared(
     from concurrent.futures import ProcessPoolExecutor
 
     _load_numpy()
-    first = run(arguments[0])  # what is imported on the way, the copies need not import
+    # What is imported on the way, the copies need not import.
+    first = run(arguments[:1])
     method = "fork" if _may_fork() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "fork":
         gc.freeze()
     try:
         with ProcessPoolExecutor(processes, context, _begin) as pool:
-            return [first, *pool.map(run, arguments[1:], chunksize=CHUNK)]
+            others = pool.map(run, chunks(arguments[1:], processes))
+            return [*first, *(result for some in others for result in some)]
     finally:
         if method == "fork":
             gc.unfreeze()

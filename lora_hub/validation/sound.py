@@ -77,11 +77,14 @@ class _Group:
 
     Attributes:
         logs: logarithms of the scalings, without their signs.
+        steps: how far apart the factors a lie in the file, and the factors b; None where
+            not at even distances.
     """
 
     a: tuple[TensorInfo, ...]
     b: tuple[TensorInfo, ...]
     logs: "NDArray[Any]"
+    steps: tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +122,10 @@ def _plan(
     index = 0
     for members in by_shape.values():
         logs = np.log(np.abs([update.scaling for update in members]))
-        groups.append(
-            _Group(
-                tuple(update.a for update in members),
-                tuple(update.b for update in members),
-                logs,
-            )
-        )
+        a_infos = tuple(update.a for update in members)
+        b_infos = tuple(update.b for update in members)
+        steps = (_step(a_infos), _step(b_infos))
+        groups.append(_Group(a_infos, b_infos, logs, steps))
         for update in members:
             kinds.setdefault(kind_of(update), []).append(index)
             index += 1
@@ -136,8 +136,8 @@ def _norms(file: TensorFile, group: _Group) -> list[float] | None:
     """Return the logarithms of ‖scaling·B·A‖, None where an update may not be sound."""
     import numpy as np
 
-    a = _stacked(file, group.a)
-    b = _stacked(file, group.b)
+    a = _stacked(file, group.a, group.steps[0])
+    b = _stacked(file, group.b, group.steps[1])
     with np.errstate(all="ignore"):
         # Of a copy: for one and the same matrix numpy calls another function of BLAS, which
         # takes four times as long at these sizes.
@@ -168,10 +168,24 @@ def _has_full_rank(matrices: "NDArray[Any]", traces: "NDArray[Any]") -> bool:
     return bool(((signs > 0) & (least > math.log(_LEAST_SHARE))).all())
 
 
-def _stacked(file: TensorFile, infos: Sequence[TensorInfo]) -> "NDArray[Any]":
+def _step(infos: Sequence[TensorInfo]) -> int | None:
+    """Return the even distance at which tensors lie in the file, None where it is none."""
+    starts = [info.begin for info in infos]
+    if len(starts) == 1:
+        return 0
+    step = starts[1] - starts[0]
+    is_even = step and starts == list(
+        range(starts[0], starts[0] + step * len(starts), step)
+    )
+    return step if is_even else None
+
+
+def _stacked(
+    file: TensorFile, infos: Sequence[TensorInfo], step: int | None
+) -> "NDArray[Any]":
     """Return tensors of one dtype and shape behind each other, as float32 where need be.
 
-    Without a copy where they lie in the file at even distances.
+    Without a copy where they lie in the file at an even distance, `step`.
     """
     import numpy as np
 
@@ -181,12 +195,10 @@ def _stacked(file: TensorFile, infos: Sequence[TensorInfo]) -> "NDArray[Any]":
             [arrays.floats(file.read(i.name), i.dtype, i.shape) for i in infos]
         ).astype("f4", copy=False)
     data = file.whole()
-    starts = [info.begin for info in infos]
-    step = starts[1] - starts[0] if len(starts) > 1 else 0
-    if starts == list(range(starts[0], starts[0] + step * len(starts), step or 1)):
+    if step is not None:
         rows, columns = first.shape
         return np.ndarray(
-            (len(infos), rows, columns), "<f4", data, starts[0], (step, 4 * columns, 4)
+            (len(infos), rows, columns), "<f4", data, first.begin, (step, 4 * columns, 4)
         )
     numbers = [
         np.frombuffer(data, "<f4", first.elements, info.begin).reshape(first.shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_hub.errors import InputError
 from lora_hub.formats.files import CONFIG_NAME
 from lora_hub.manifest.document import MANIFEST_NAME
-from lora_hub.registry.registry import CONFIG
+from lora_hub.registry.documents import CONFIG
 
 # How much is looked through below a path; a second or two.
 MAX_FOLDERS = 20_000
@@ -47,9 +47,10 @@ def _below(top: Path, is_registry: Callable[[Path], bool]) -> Iterator[Path]:
     waiting, count = [top], 0
     while waiting:
         folder = waiting.pop()
-        names, folders = _look(folder)
-        is_one = MANIFEST_NAME in names or CONFIG_NAME in names
-        if folder is not top and (is_one or (CONFIG in names and is_registry(folder))):
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry for entry in entries}
+        is_one = MANIFEST_NAME in found or CONFIG_NAME in found
+        if folder is not top and (is_one or (CONFIG in found and is_registry(folder))):
             yield folder
             continue
         count += 1
@@ -59,23 +60,18 @@ def _below(top: Path, is_registry: Callable[[Path], bool]) -> Iterator[Path]:
                 where=str(top),
                 hint="give the folders that hold adapters",
             )
-        if ENVIRONMENT not in names:
+        if ENVIRONMENT not in found:
             # The last comes first: in order of names, what is below a folder behind it.
-            waiting += [folder / name for name in sorted(folders, reverse=True)]
+            below = [name for name, entry in found.items() if _is_looked_into(entry)]
+            waiting += [folder / name for name in sorted(below, reverse=True)]
 
 
-def _look(folder: Path) -> tuple[set[str], list[str]]:
-    """Return what lies in a folder, and which of it are folders to look into."""
-    with os.scandir(folder) as entries:
-        found = list(entries)
-    folders = [
-        entry.name
-        for entry in found
-        if not entry.name.startswith(".")
+def _is_looked_into(entry: os.DirEntry[str]) -> bool:
+    return (
+        not entry.name.startswith(".")
         and entry.name not in PASSED_OVER
         and entry.is_dir(follow_symlinks=False)
-    ]
-    return {entry.name for entry in found}, folders
+    )
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -73,12 +73,12 @@ def own(checked: Sequence[Path]) -> tuple[Path, ...]:
     Args:
         checked: the paths that were given, and the folders that they meant.
     """
+    file = Path(WAIVERS_NAME)
+    if not file.is_file():
+        return ()
     here = Path(os.path.realpath(os.curdir))
     folders = (Path(os.path.realpath(path)) for path in checked)
-    if any(here.is_relative_to(folder) for folder in folders):
-        return ()
-    file = Path(WAIVERS_NAME)
-    return (file,) if file.is_file() else ()
+    return () if any(here.is_relative_to(folder) for folder in folders) else (file,)
 
 
 def not_believed(checked: Sequence[Path], believed: Sequence[Path]) -> tuple[Checked, ...]:
@@ -90,10 +90,14 @@ def not_believed(checked: Sequence[Path], believed: Sequence[Path]) -> tuple[Che
     """
     known = {os.path.realpath(file) for file in believed}
     found: dict[str, Path] = {}
-    for path in checked:
-        for file in (path / WAIVERS_NAME, path.parent / WAIVERS_NAME):
-            if os.path.lexists(file) and os.path.realpath(file) not in known:
-                found.setdefault(os.path.realpath(file), file)
+    # Each once: a thousand adapters lie side by side in one folder.
+    folders = dict.fromkeys(
+        str(folder) for path in checked for folder in (path, path.parent)
+    )
+    for folder in folders:
+        file = os.path.join(folder, WAIVERS_NAME)
+        if os.path.lexists(file) and os.path.realpath(file) not in known:
+            found.setdefault(os.path.realpath(file), Path(file))
     return tuple(
         Checked(str(file), (finding("LH065", str(file), "these waivers are not believed"),))
         for file in found.values()

@@ -4,6 +4,7 @@ Each command runs in a process of its own that prints the names of the packages 
 loaded; they are compared with a list of what it may load at most.
 """
 
+import gc
 import json
 import shutil
 import subprocess
@@ -120,3 +121,41 @@ def test_command_loads_only_what_it_may(case, world, tmp_path, monkeypatch):
     assert code == 0, result.stderr
     # editable installs bring a finder of their own
     assert {name for name in loaded if not name.startswith("__editable__")} <= allowed
+
+
+OWN_PROBE = """
+import sys
+from lora_hub.cli.main import run
+assert run(["validate", sys.argv[1]]) == 0
+print(*(name for name in sys.modules if name.startswith("lora_hub.")))
+"""
+
+
+def test_validate_of_a_package_loads_no_other_dialect_report_or_registry(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
+
+    result = subprocess.run(
+        [sys.executable, "-c", OWN_PROBE, str(world / "package")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert {"lora_hub.formats.peft", "lora_hub.validation.reports.text"} <= loaded
+    assert not loaded & {
+        *(f"lora_hub.formats.{name}" for name in ("diffusers", "gguf", "kohya", "mlx")),
+        *(f"lora_hub.validation.reports.{name}" for name in ("junit", "sarif")),
+        "lora_hub.registry.registry",
+    }
+
+
+def test_validate_leaves_the_collector_of_cycles_as_it_was(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAHUB_HOME", str(tmp_path / "home"))
+    before = gc.get_threshold()
+
+    assert run(["validate", str(world / "package")]) == 0
+
+    assert gc.get_threshold() == before

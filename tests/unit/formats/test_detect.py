@@ -53,6 +53,34 @@ def test_reads_files_without_a_folder():
     assert [update.target for update in source.updates] == ["x"]
 
 
+def test_config_that_is_known_speaks_for_no_other_and_for_no_weights():
+    files = {"adapter_config.json": LORA, "adapter_model.safetensors": WEIGHTS}
+    for _ in range(4):  # what is read is remembered from its second time on
+        first = source_from_files(files.__getitem__, files, where="blobs")
+
+    other = json.loads(LORA) | {"lora_alpha": 3}
+    files["adapter_config.json"] = json.dumps(other).encode()
+    source = source_from_files(files.__getitem__, files, where="blobs")
+    files["adapter_config.json"] = LORA
+    with pytest.raises(FormatError, match="adapter_model"):
+        source_from_files(files.__getitem__, ["adapter_config.json"], where="blobs")
+
+    assert first.updates[0].alpha != source.updates[0].alpha == 3
+
+
+def test_config_of_a_package_is_read_once():
+    files = {"adapter_config.json": LORA, "adapter_model.safetensors": WEIGHTS}
+    asked = []
+
+    def read(name):
+        asked.append(name)
+        return files[name]
+
+    source_from_files(read, files, where="blobs")
+
+    assert sorted(asked) == sorted(files)
+
+
 def test_never_opens_a_pickle_beside_the_weights():
     files = {"adapter_config.json": LORA, "adapter_model.safetensors": WEIGHTS}
 

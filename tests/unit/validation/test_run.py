@@ -301,6 +301,24 @@ def test_many_processes_find_what_one_finds_in_the_same_order(folder, tmp_path):
     assert [each.subject[-3:] for each in two if len(each.findings) > 1] == ["041"]
 
 
+def test_packages_checked_together_give_what_each_gives_alone(folder, tmp_path):
+    many = tmp_path / "many"
+    for number in range(20):
+        shutil.copytree(folder, many / f"{number:03d}")
+    (many / "003" / "extra.py").touch()
+    (many / "005" / "lorahub.json").write_bytes(b"{")
+    (many / "007" / "model.sig").unlink()
+    (many / "011" / "adapter_model.safetensors").write_bytes(b"changed")
+    edit(many / "013", lambda value: value.update(license="Apache 2"))
+    tiny_adapter(many / "017", base_name=None)
+
+    checked = check_all([many])
+
+    alone = [validate(many / f"{number:03d}") for number in range(20)]
+    assert [each.findings for each in checked] == alone
+    assert len({tuple(one.rule for one in findings) for findings in alone}) == 7
+
+
 def test_every_rule_says_why_and_how_to_mend():
     for rule, row in RULES.items():
         assert rule.startswith("LH")

@@ -9,13 +9,16 @@ ALONE = """
 import multiprocessing, os, threading
 from lora_hub.validation import sharing
 
-def parent(_):
-    return os.getppid()
+def absolute(numbers):
+    return list(map(abs, numbers))
+
+def parent(numbers):
+    return [os.getppid() for _ in numbers]
 
 if __name__ == "__main__":
     before = dict(os.environ)
     assert sharing._may_fork()
-    assert sharing.shared(abs, range(-99, 0), 2) == list(range(99, 0, -1))
+    assert sharing.shared(absolute, range(-99, 0), 2) == list(range(99, 0, -1))
     (own, *others) = sharing.shared(parent, range(99), 2)
     assert set(others) == {os.getpid()}  # copies of this process are its children
     assert dict(os.environ) == before
@@ -24,14 +27,18 @@ if __name__ == "__main__":
     thread = threading.Thread(target=stop.wait)
     thread.start()
     assert not sharing._may_fork()
-    assert sharing.shared(abs, range(-99, 0), 2) == list(range(99, 0, -1))
+    assert sharing.shared(absolute, range(-99, 0), 2) == list(range(99, 0, -1))
     stop.set()
     print("as expected")
 """
 
 
+def absolute(numbers):
+    return list(map(abs, numbers))
+
+
 def test_results_come_in_the_order_of_the_arguments():
-    assert shared(abs, range(-200, 0), 2) == list(range(200, 0, -1))
+    assert shared(absolute, range(-200, 0), 2) == list(range(200, 0, -1))
 
 
 def test_process_of_one_thread_is_copied_and_no_other(tmp_path):
