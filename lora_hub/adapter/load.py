@@ -1,22 +1,29 @@
 """`AdapterSource` → `Adapter`: the tensors of an adapter file as torch tensors.
 
-The bytes are those the source holds, which are the ones that were hashed. Names, pairs,
+The bytes are those the source holds, which are the ones that were hashed; they are copied
+once, all together, so that the tensors have memory of their own. Names, pairs,
 dtypes, shapes and scalings were settled by the reader in `formats/`. What a file lays out
 in another way than (out, in) is turned here, without touching a number.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from lora_hub.adapter.adapter import Adapter, Replaced
-from lora_hub.adapter.tensor_bytes import to_tensor
+from lora_hub.adapter.tensor_bytes import all_at_once, one_by_one
 from lora_hub.adapter.update import Update
 from lora_hub.errors import FormatError
 from lora_hub.formats.source import AdapterSource, Replacement, ScaleSource, UpdateSource
 from lora_hub.manifest.document import Base
 from lora_hub.tensors.file import TensorFile
 from lora_hub.tensors.header import TensorInfo
+
+# A tensor of the file → its numbers.
+Read = Callable[[TensorInfo], Shaped[Tensor, "..."]]
 
 
 def load(
@@ -32,9 +39,12 @@ def load(
     Raises:
         FormatError: as `load_update`; or one target has factors and scales, or two scales.
     """
+    read = all_at_once(source.tensors)
+    # Most targets have one rank and one scaling; one tensor serves them all.
+    scaling = functools.cache(_rows)
     updates: dict[str, Update] = {}
     for update in source.updates:
-        updates[update.target] = load_update(source.tensors, update)
+        updates[update.target] = _update(read, update, scaling)
     for scale in source.scales:
         if scale.target in updates:
             raise FormatError(
@@ -42,7 +52,7 @@ def load(
                 where=scale.target,
                 hint="give it as two adapters",
             )
-        updates[scale.target] = load_scale(source.tensors, scale)
+        updates[scale.target] = _scale(read, scale)
     return Adapter(
         updates=dict(sorted(updates.items())),
         name=name,
@@ -52,7 +62,7 @@ def load(
         base_name=source.base_name,
         task_type=source.task_type,
         replaced={
-            replacement.name: load_replaced(source.tensors, replacement)
+            replacement.name: _replaced(read, replacement)
             for replacement in sorted(source.replacements, key=lambda each: each.name)
         },
         alora_tokens=source.alora_tokens,
@@ -72,22 +82,7 @@ def load_update(file: TensorFile, update: UpdateSource) -> Update:
         FormatError: a convolution's `b` does not split by groups; or it has groups and is
             DoRA, for whose norm a grouped weight has no place.
     """
-    a, b = _tensor(file, update.a), _tensor(file, update.b)
-    if update.layer == "conv":
-        a, b = a.flatten(start_dim=1), _ungrouped(b.flatten(start_dim=1), update)
-    elif update.layer == "experts":
-        a = a.reshape(update.experts, update.rank, a.shape[-1])
-        b = b.reshape(b.shape[0], update.rank, update.experts).permute(2, 0, 1).contiguous()
-    return Update(
-        a=a,
-        b=b,
-        scaling=torch.full((update.rank,), update.scaling, dtype=torch.float64),
-        bias=None if update.bias is None else _vector(file, update.bias) * update.scaling,
-        layer=update.layer,
-        kernel=update.a.shape[2:],
-        magnitude=None if update.magnitude is None else _vector(file, update.magnitude),
-        groups=update.rank // update.b.shape[1] if update.layer == "conv" else 1,
-    )
+    return _update(one_by_one(file), update, _rows)
 
 
 def load_scale(file: TensorFile, scale: ScaleSource) -> Update:
@@ -97,7 +92,34 @@ def load_scale(file: TensorFile, scale: ScaleSource) -> Update:
     `a` is (0, 0) and `b` (out, 0). A vector of three axes or more is a convolution's, and
     its columns are input channels (`Update.kernel` stays empty).
     """
-    change = _vector(file, scale.vector) - 1
+    return _scale(one_by_one(file), scale)
+
+
+def _update(
+    read: Read,
+    update: UpdateSource,
+    scaling: Callable[[int, float], Float64[Tensor, " rank"]],
+) -> Update:
+    a, b = read(update.a), read(update.b)
+    if update.layer == "conv":
+        a, b = a.flatten(start_dim=1), _ungrouped(b.flatten(start_dim=1), update)
+    elif update.layer == "experts":
+        a = a.reshape(update.experts, update.rank, a.shape[-1])
+        b = b.reshape(b.shape[0], update.rank, update.experts).permute(2, 0, 1).contiguous()
+    return Update(
+        a=a,
+        b=b,
+        scaling=scaling(update.rank, update.scaling),
+        bias=None if update.bias is None else _vector(read, update.bias) * update.scaling,
+        layer=update.layer,
+        kernel=update.a.shape[2:],
+        magnitude=None if update.magnitude is None else _vector(read, update.magnitude),
+        groups=update.rank // update.b.shape[1] if update.layer == "conv" else 1,
+    )
+
+
+def _scale(read: Read, scale: ScaleSource) -> Update:
+    change = _vector(read, scale.vector) - 1
     rows = change if scale.axis == "rows" else None
     columns = change if scale.axis == "columns" else None
     return Update(
@@ -111,21 +133,19 @@ def load_scale(file: TensorFile, scale: ScaleSource) -> Update:
     )
 
 
-def load_replaced(file: TensorFile, replacement: Replacement) -> Replaced:
+def _replaced(read: Read, replacement: Replacement) -> Replaced:
     """Return the new numbers of a tensor of the base, in the dtype of the file."""
     return Replaced(
-        tensor=_tensor(file, replacement.tensor),
-        role=replacement.role,
-        rows=replacement.rows,
+        tensor=read(replacement.tensor), role=replacement.role, rows=replacement.rows
     )
 
 
-def _tensor(file: TensorFile, info: TensorInfo) -> Shaped[Tensor, "..."]:
-    return to_tensor(file.read(info.name), info.dtype, info.shape)
+def _rows(rank: int, scaling: float) -> Float64[Tensor, " rank"]:
+    return torch.full((rank,), scaling, dtype=torch.float64)
 
 
-def _vector(file: TensorFile, info: TensorInfo) -> Float64[Tensor, " n"]:
-    return _tensor(file, info).reshape(-1).double()
+def _vector(read: Read, info: TensorInfo) -> Float64[Tensor, " n"]:
+    return read(info).reshape(-1).double()
 
 
 def _ungrouped(

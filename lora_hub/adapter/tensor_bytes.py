@@ -4,8 +4,13 @@ One table says which torch dtype each name of the format is. The format itself i
 and written by `tensors/`, without torch.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from lora_hub.tensors.file import TensorFile
+from lora_hub.tensors.header import TensorInfo
 
 # The host is little-endian, as is every machine torch ships wheels for today.
 TORCH: dict[str, torch.dtype] = {
@@ -31,9 +36,35 @@ NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}
 
 def to_tensor(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Return a tensor of its own memory that holds a copy of the bytes."""
+    if not data:  # of which torch makes no tensor
+        return torch.empty(shape, dtype=TORCH[dtype])
     # A bytearray, because torch warns about memory it must not write to.
     flat = torch.frombuffer(bytearray(data), dtype=TORCH[dtype])
     return flat.reshape(shape)
+
+
+def one_by_one(file: TensorFile) -> Callable[[TensorInfo], Tensor]:
+    """Return what gives the tensors of a file, each in memory of its own."""
+    return lambda info: to_tensor(file.read(info.name), info.dtype, info.shape)
+
+
+def all_at_once(file: TensorFile) -> Callable[[TensorInfo], Tensor]:
+    """Return what gives the tensors of a file as views of one copy of all their bytes.
+
+    One copy costs less than hundreds. It lives as long as one of the tensors does.
+    """
+    copy = memoryview(bytearray(file.whole()))
+
+    def tensor(info: TensorInfo) -> Tensor:
+        dtype = TORCH[info.dtype]
+        count = info.size_bytes // dtype.itemsize
+        if not count or info.begin % dtype.itemsize:
+            # Numbers have to lie at multiples of their size.
+            return to_tensor(copy[info.begin : info.end], info.dtype, info.shape)
+        flat = torch.frombuffer(copy, dtype=dtype, count=count, offset=info.begin)
+        return flat.view(info.shape)
+
+    return tensor
 
 
 def to_bytes(tensor: Tensor) -> memoryview:

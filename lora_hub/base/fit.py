@@ -219,16 +219,21 @@ def _whole(base: Base, view: BaseView) -> Reasons:
                 f"{struct}, expected {base.struct}"
             ),
         )
-    recorded = sorted(
-        {target.dtype for target in base.targets if _is_widened(target, view)}
-    )
-    roots = (root_of(view, dtype) for dtype in (None, *recorded))
+    # A tensor that was widened has another leaf under its own dtype, so only the recorded
+    # one can give the recorded root.
+    recorded = {target.dtype for target in base.targets if _is_widened(target, view)}
+    dtypes = sorted(recorded) or (None,)
+    roots = [root_of(view, dtype) for dtype in dtypes]
     if base.root in roots:
         return ()
     return _weights(base, view) or (
         (
-            "the targeted tensors are those recorded, others are not: the root is "
-            f"{root_of(view)}, expected {base.root}"
+            "the targeted tensors are those recorded, others are not: "
+            + (
+                f"the root is {roots[0]}, expected {base.root}"
+                if roots[0]
+                else f"one holds values that {dtypes[0]} does not have"
+            )
         ),
     )
 

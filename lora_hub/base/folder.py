@@ -116,7 +116,7 @@ class _Inexact(Exception):
     pass
 
 
-def _narrowed(chunks: Iterable[memoryview], dtype: str, to: str) -> Iterator[bytes]:
+def _narrowed(chunks: Iterable[memoryview], dtype: str, to: str) -> Iterator[memoryview]:
     # Chunks hold whole elements: their size is a power of two.
     for chunk in chunks:
         piece = narrow(chunk, dtype, to)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def narrow(data: memoryview, dtype: str, to: str) -> bytes | None:
-    """Return the same values in the narrower dtype, or None where one does not survive.
+def narrow(data: memoryview, dtype: str, to: str) -> memoryview | None:
+    """Return the bytes of the same values in the narrower dtype, None where one is lost.
 
     Args:
         data: whole elements, little endian.
@@ -23,24 +23,30 @@ def narrow(data: memoryview, dtype: str, to: str) -> bytes | None:
     """
     import numpy as np
 
-    wide = np.frombuffer(data, dtype=NUMPY[dtype])
     if to != "BF16":
-        return _narrow(wide, NUMPY[to])
+        return _narrow(np.frombuffer(data, dtype=NUMPY[dtype]), NUMPY[to])
     if dtype == "F64":
-        single = _narrow(wide, NUMPY["F32"])
+        single = _narrow(np.frombuffer(data, dtype=NUMPY["F64"]), NUMPY["F32"])
         if single is None:
             return None
-        wide = np.frombuffer(single, dtype=NUMPY["F32"])
-    # bf16 is the upper half of a float32.
-    halves = wide.view("<u2").reshape(-1, 2)
-    return None if halves[:, 0].any() else halves[:, 1].tobytes()
+        data = single
+    # bf16 is the upper half of a float32. One pass over whole words is several times as
+    # fast as looking at every other half of them.
+    words = np.frombuffer(data, dtype="<u4")
+    if np.bitwise_or.reduce(words) & 0xFFFF:
+        return None
+    halves = np.empty(words.shape, dtype="<u2")
+    np.right_shift(words, 16, out=halves, casting="unsafe")
+    return halves.view("u1").data
 
 
-def _narrow(wide: "np.ndarray", to: str) -> bytes | None:
+def _narrow(wide: "np.ndarray", to: str) -> memoryview | None:
     import numpy as np
 
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         narrow = wide.astype(to)
         back = narrow.astype(wide.dtype)
-    same = back.tobytes() == wide.tobytes()
-    return narrow.tobytes() if same else None
+    word = f"<u{wide.dtype.itemsize}"
+    if not np.array_equal(back.view(word), wide.view(word)):
+        return None
+    return narrow.view("u1").data

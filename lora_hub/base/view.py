@@ -7,11 +7,14 @@ from a live model. `base/fit.py` asks.
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import inf, prod
 from typing import Protocol
 
 from lora_hub.base import identity
 from lora_hub.digest import hex_of
 from lora_hub.manifest.document import BaseConfig
+
+THREADS = max(2, os.cpu_count() or 1)
 
 # recorded dtype → wider dtypes that hold each of its values exactly.
 WIDER: Mapping[str, frozenset[str]] = {
@@ -47,10 +50,31 @@ class BaseView(Protocol):
 def digests(view: BaseView, wanted: Iterable[tuple[str, str | None]]) -> list[str | None]:
     """Return `view.digest(name, as_dtype)` for each pair, in order.
 
-    Hashing releases the interpreter's lock, so threads share the work.
+    Hashing releases the interpreter's lock, so threads share the work: the largest tensors
+    first, so that none is left to one thread when the others are done.
     """
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda pair: view.digest(*pair), wanted))
+    pairs = list(wanted)
+    found: list[str | None] = [None] * len(pairs)
+    sizes = {name: prod(shape) for name, (_, shape) in view.tensors.items()}
+    # A weight that is stored in parts has no size of its own; it is large.
+    largest_first = sorted(
+        range(len(pairs)), key=lambda index: -sizes.get(pairs[index][0], inf)
+    )
+    left = iter(largest_first)  # each thread takes the next
+
+    def work() -> None:
+        try:
+            for index in left:
+                found[index] = view.digest(*pairs[index])
+        except BaseException:
+            for _ in left:  # nothing that is still to be hashed matters any more
+                pass
+            raise
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(work) for _ in range(min(len(pairs), THREADS))]:
+            done.result()
+    return found
 
 
 def root_of(view: BaseView, as_dtype: str | None = None) -> str | None:

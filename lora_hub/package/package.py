@@ -1,12 +1,13 @@
 """`Package`: a published folder, read with suspicion.
 
 Opening reads the manifest alone. Every other file goes through `read_checked`, so the
-bytes that are used are the bytes whose digest was compared. Who signed them is the matter
-of `registry/verify.py`, making a package of `pack.py`.
+bytes that are used are the bytes whose digest was compared; `hold` reads and compares all
+of them once, for who first verifies a package and then uses it. Who signed them is the
+matter of `registry/verify.py`, making a package of `pack.py`.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_hub import digest as digests
@@ -40,8 +41,10 @@ class Package:
     Attributes:
         manifest_bytes: as received; `digest` is theirs and names the package.
         names: all files there are, sorted, the manifest and a signature among them.
-        read: file name → its bytes, unchecked.
+        read: file name → its bytes.
         where: what to call the package in messages.
+        is_compared: whether `read` gives a listed file only with the digest that is listed:
+            it was compared on the way here, and is not again.
     """
 
     manifest: Manifest
@@ -50,6 +53,7 @@ class Package:
     names: tuple[str, ...]
     read: Callable[[str], bytes]
     where: str
+    is_compared: bool = False
 
     def entry(self, name: str) -> File:
         """Return what the manifest says about a file.
@@ -83,7 +87,8 @@ class Package:
                 where=where,
                 hint=_CHANGED,
             )
-        digests.check(data, entry.sha256, where=where)
+        if not self.is_compared:
+            digests.check(data, entry.sha256, where=where)
         return data
 
 
@@ -103,9 +108,16 @@ def open_package(folder: Path) -> Package:
 
 
 def read_package(
-    read: Callable[[str], bytes], names: Collection[str], *, where: str
+    read: Callable[[str], bytes],
+    names: Collection[str],
+    *,
+    where: str,
+    is_compared: bool = False,
 ) -> Package:
-    """Return the package whose files `read` gives by name; errors as `open_package`."""
+    """Return the package whose files `read` gives by name; errors as `open_package`.
+
+    `is_compared` says of `read` what it says of a `Package`: a registry's blobs are so.
+    """
     if MANIFEST_NAME not in names:
         raise _no_package(where)
     data = read(MANIFEST_NAME)
@@ -127,7 +139,23 @@ def read_package(
         names=tuple(sorted(names)),
         read=read,
         where=where,
+        is_compared=is_compared,
     )
+
+
+def hold(package: Package) -> Package:
+    """Return the package with all its files in memory, each read and compared once.
+
+    From here on the bytes that were compared are the only ones there are.
+
+    Raises:
+        IntegrityError: a listed file is missing or not as the manifest says.
+    """
+    files = {file.path: package.read_checked(file.path) for file in package.manifest.files}
+    files[MANIFEST_NAME] = package.manifest_bytes
+    if SIGNATURE_NAME in package.names:
+        files[SIGNATURE_NAME] = package.read(SIGNATURE_NAME)
+    return replace(package, read=files.__getitem__, is_compared=True)
 
 
 def _no_package(where: str) -> FormatError:

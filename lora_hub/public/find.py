@@ -8,12 +8,14 @@ asked, and the notes say so.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_hub import refs, settings
-from lora_hub.errors import InputError
+from lora_hub.errors import InputError, IntegrityError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import MANIFEST_NAME, Base, Manifest
 
@@ -27,12 +29,19 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a reference or a path turned out to be."""
+    """What a reference or a path turned out to be.
+
+    Attributes:
+        digest: of the package, None where it is none.
+        again: of a package, reads the same bytes again from where they lie now, and
+            compares them with the digest. None where nothing would say that they are.
+    """
 
     source: AdapterSource
     manifest: Manifest | None = None
     digest: str | None = None
     notes: tuple[str, ...] = ()
+    again: Callable[[], AdapterSource] | None = None
 
     @property
     def name(self) -> str | None:
@@ -74,7 +83,10 @@ def find(
 
     fetched = fetch(text, registry)
     package = fetched.package
-    return Found(load_source(package), package.manifest, package.digest, fetched.notes)
+    again = partial(_again, fetched.folder, package.digest)
+    return Found(
+        load_source(package), package.manifest, package.digest, fetched.notes, again
+    )
 
 
 def fetch(reference: str, registry: PathLike | None = None) -> "Pulled":
@@ -111,7 +123,27 @@ def _in_folder(folder: Path, options: "ReadOptions | None", dialect: str | None)
         package.manifest,
         package.digest,
         ("named by its path, so its signature was not asked for",),
+        partial(_again, folder, package.digest),
     )
+
+
+def _again(folder: Path, digest: str) -> AdapterSource:
+    """Return a package's adapter, which was found and judged before, read once more.
+
+    Raises:
+        IntegrityError: the package is another one now, or damaged.
+        LoraHubError: it is not there any more.
+    """
+    from lora_hub.package.package import load_source, open_package
+
+    package = open_package(folder)
+    if package.digest != digest:
+        raise IntegrityError(
+            f"the package is {package.digest} now, it was {digest} when it was loaded",
+            where=str(folder),
+            hint="load it anew",
+        )
+    return load_source(package)
 
 
 def _refuse_said(where: str, options: "ReadOptions | None", dialect: str | None) -> None:

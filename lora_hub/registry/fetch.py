@@ -1,12 +1,17 @@
-"""A resolved version → its folder in the cache, every byte compared with its digest."""
+"""A resolved version → its folder in the cache and its bytes, all compared with digests.
 
+Each file is read once and hashed once, be it in the registry or in the cache; what was
+hashed then stays in memory for who uses it.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_hub.errors import IntegrityError
 from lora_hub.manifest import codec
 from lora_hub.manifest.document import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from lora_hub.package import layout
-from lora_hub.package.package import Package, open_package, read_package
+from lora_hub.package.package import Package, hold, open_package, read_package
 from lora_hub.registry.cache import Cache
 from lora_hub.registry.registry import Registry
 from lora_hub.registry.resolve import Resolved
@@ -14,8 +19,22 @@ from lora_hub.signing.envelope import MAX_BUNDLE_BYTES
 from lora_hub.signing.statement import SIGNATURE_NAME
 
 
-def fetch(resolved: Resolved, registry: Registry, cache: Cache) -> Path:
-    """Return the package's folder in the cache, brought there first where it is missing.
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A version on this machine.
+
+    Attributes:
+        package: held in memory (`hold`): every file has the digest that the manifest says,
+            and the manifest the one that the registry says.
+        folder: in the cache, read-only.
+    """
+
+    package: Package
+    folder: Path
+
+
+def fetch(resolved: Resolved, registry: Registry, cache: Cache) -> Fetched:
+    """Return the package, brought to the cache first where it is missing there.
 
     What the cache has is not asked of the registry again. Who signed it is not looked at
     here (`pull.py` does).
@@ -28,10 +47,11 @@ def fetch(resolved: Resolved, registry: Registry, cache: Cache) -> Path:
     """
     folder = cache.get(resolved.package)
     if folder is None:
-        remote = open_published(resolved, registry)
+        package = hold(open_published(resolved, registry))
         folder = cache.put(
-            resolved.package, ((name, _checked(remote, name)) for name in remote.names)
+            resolved.package, ((name, package.read(name)) for name in package.names)
         )
+        return Fetched(replace(package, where=str(folder)), folder)
     package = open_package(folder)
     if package.digest != resolved.package:
         raise IntegrityError(
@@ -40,7 +60,7 @@ def fetch(resolved: Resolved, registry: Registry, cache: Cache) -> Path:
             hint="the cache was damaged: `lorahub cache prune`, then pull again",
         )
     check_name(package, resolved)
-    return folder
+    return Fetched(hold(package), folder)
 
 
 def open_published(resolved: Resolved, registry: Registry) -> Package:
@@ -65,7 +85,9 @@ def open_published(resolved: Resolved, registry: Registry) -> Package:
         size = min(listed[name].size, layout.max_bytes(name))
         return registry.blob(listed[name].sha256, max_bytes=size)
 
-    package = read_package(read, {*listed, MANIFEST_NAME, SIGNATURE_NAME}, where=where)
+    # Blobs are read by their digests, which are those that the manifest lists.
+    names = {*listed, MANIFEST_NAME, SIGNATURE_NAME}
+    package = read_package(read, names, where=where, is_compared=True)
     check_name(package, resolved)
     return package
 
@@ -79,9 +101,3 @@ def check_name(package: Package, resolved: Resolved) -> None:
             f"the registry calls the package {expected}, the package itself {found}",
             where=package.where,
         )
-
-
-def _checked(package: Package, name: str) -> bytes:
-    if name in (MANIFEST_NAME, SIGNATURE_NAME):
-        return package.read(name)  # compared as blobs
-    return package.read_checked(name)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_hub.errors import IntegrityError
-from lora_hub.package.package import Package, open_package
+from lora_hub.package.package import Package
 from lora_hub.refs import Reference
 from lora_hub.registry.cache import Cache
 from lora_hub.registry.fetch import fetch
 from lora_hub.registry.registry import Registry
 from lora_hub.registry.resolve import resolve
 from lora_hub.registry.trust import TrustStore
-from lora_hub.registry.verify import verify_package
+from lora_hub.registry.verify import check_signature
 from lora_hub.signing.verify import Signer
 
 
@@ -20,6 +20,7 @@ class Pulled:
     """What a reference meant, and where it is now.
 
     Attributes:
+        package: held in memory: the bytes that were verified, for who uses them.
         folder: in the cache, read-only.
         notes: what the user should hear: a withdrawn version, a first contact.
     """
@@ -43,15 +44,14 @@ def pull(
 
     Raises:
         NotFoundError, IntegrityError, TrustError, StoreError: as `resolve`, `fetch`,
-            `TrustStore.judge` and `verify_package`.
+            `TrustStore.judge` and `check_signature`.
     """
     resolved = resolve(reference, registry)
     chain = registry.key_chain(reference.namespace)
     verdict = trust.judge(reference.namespace, chain, registry.where)
     try:
-        folder = fetch(resolved, registry, cache)
-        package = open_package(folder)
-        signer = verify_package(package, verdict.keys)
+        fetched = fetch(resolved, registry, cache)
+        signer = check_signature(fetched.package, verdict.keys)
     except IntegrityError as error:
         # What was fetched before may have been damaged since; what lies elsewhere says
         # its own hint.
@@ -59,4 +59,5 @@ def pull(
             error.hint = "the cache was damaged: `lorahub cache prune`, then pull again"
         raise
     trust.keep(verdict)
-    return Pulled(package, folder, signer, (*resolved.notes, *verdict.notes))
+    notes = (*resolved.notes, *verdict.notes)
+    return Pulled(fetched.package, fetched.folder, signer, notes)

@@ -187,6 +187,37 @@ def test_weights_changed_after_widening_do_not_fit(recorded, make_base):
     )
 
 
+def test_exact_hashes_a_widened_base_in_the_recorded_dtype_alone(recorded, make_base):
+    """Its bytes as they are held cannot be the recorded ones, and have twice the size."""
+    asked = []
+
+    class Noting(FolderBase):
+        def digest(self, name, as_dtype=None):
+            asked.append((name, as_dtype))
+            return super().digest(name, as_dtype)
+
+    with Noting.open(make_base("wide", dtype=torch.float32)) as view:
+        found = check_fit(recorded, view, policy="exact")
+        names = set(view.tensors)
+
+    assert found.checked == len(names)
+    assert sorted(asked) == sorted((name, "BF16") for name in names)
+
+
+def test_a_value_that_was_not_widened_beside_the_targets_is_told(recorded, make_base):
+    folder = make_base("wide", dtype=torch.float32)
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    held["model.embed_tokens.weight"][0, 0] = 1 + 2**-12
+    save_file(held, path)
+
+    assert fit(recorded, folder, "targets").policy == "targets"
+    assert misfit(recorded, folder, "exact").problem == (
+        "the targeted tensors are those recorded, others are not: one holds values that "
+        "BF16 does not have"
+    )
+
+
 def test_a_change_beside_the_targets_matters_to_exact_alone(recorded, make_base):
     beside = make_base("beside", change=("model.embed_tokens.weight",))
 

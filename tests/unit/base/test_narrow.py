@@ -1,7 +1,11 @@
 """Values that were widened, recognised; torch is the oracle."""
 
+import struct
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_hub.base.narrow import narrow
 from lora_hub.base.view import WIDER
@@ -51,3 +55,20 @@ def test_tells_values_beyond_the_range(wide, to):
 
 def test_the_empty_tensor_is_exact():
     assert narrow(memoryview(b""), "F32", "BF16") == b""
+
+
+@given(
+    st.lists(
+        st.integers(0, 2**16 - 1).map(lambda half: half << 16)
+        | st.integers(0, 2**32 - 1)
+        | st.sampled_from([0, 1 << 31, 0x7F800000, 0x7FC00001, 0x7F810000, 1]),
+        max_size=20,
+    )
+)
+def test_bf16_is_found_where_every_lower_half_is_zero_and_nowhere_else(words):
+    found = narrow(memoryview(struct.pack(f"<{len(words)}I", *words)), "F32", "BF16")
+
+    if any(word & 0xFFFF for word in words):
+        assert found is None
+    else:
+        assert found == struct.pack(f"<{len(words)}H", *(word >> 16 for word in words))

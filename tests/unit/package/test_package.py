@@ -10,8 +10,10 @@ from lora_hub.manifest import codec
 from lora_hub.package.package import (
     check_complete,
     check_manifest,
+    hold,
     load_source,
     open_package,
+    read_package,
 )
 from lora_hub.signing import keys
 from tests.builders import sign_package, tiny_manifest, tiny_package
@@ -40,6 +42,46 @@ def test_source_is_read_from_checked_bytes(folder):
     source = load_source(open_package(folder))
 
     assert len(source.updates) == 4
+
+
+def test_a_held_package_was_read_once_and_is_read_no_more(folder):
+    opened, asked = open_package(folder), []
+
+    def read(name):
+        asked.append(name)
+        return opened.read(name)
+
+    held = hold(read_package(read, opened.names, where="here"))
+    load_source(held)
+
+    assert sorted(asked) == list(opened.names)
+    assert {name: held.read(name) for name in held.names} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors"])
+def test_a_package_that_was_changed_cannot_be_held(name, folder):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with pytest.raises(IntegrityError, match="the bytes have digest") as error:
+        hold(open_package(folder))
+
+    assert error.value.where == str(folder / name)
+
+
+def test_a_compared_file_still_has_the_size_that_the_manifest_says(folder):
+    opened = open_package(folder)
+    compared = read_package(
+        lambda name: opened.read(name) + b" " * (name == "README.md"),
+        opened.names,
+        where="here",
+        is_compared=True,
+    )
+
+    with pytest.raises(IntegrityError, match="the manifest says"):
+        hold(compared)
 
 
 @pytest.mark.parametrize(

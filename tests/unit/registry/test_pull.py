@@ -4,6 +4,7 @@ import pytest
 
 from lora_hub import refs
 from lora_hub.errors import IntegrityError, NotFoundError, TrustError
+from lora_hub.package.package import load_source
 from lora_hub.registry import documents
 from lora_hub.registry.fetch import fetch
 from lora_hub.registry.publish import push, yank
@@ -34,6 +35,10 @@ def registry():
     return Registry(CountingStore())
 
 
+def contents(package):
+    return {name: package.read(name) for name in package.names}
+
+
 def overwrite(registry, digest, data):
     registry.store.write(blob_path(digest), [data], if_absent=False)
 
@@ -51,11 +56,43 @@ def test_brings_every_byte_and_says_who_signed(registry, made, cache, trust):
 
 def test_what_the_cache_has_is_not_asked_for_again(registry, made, cache):
     resolved = resolve(REFERENCE, registry)
-    folder = fetch(resolved, registry, cache)
+    first = fetch(resolved, registry, cache)
     registry.store.reads.clear()
 
-    assert fetch(resolved, registry, cache) == folder
+    again = fetch(resolved, registry, cache)
+
+    assert again.folder == first.folder
+    assert contents(again.package) == contents(first.package)
     assert registry.store.reads == []
+
+
+def test_a_pull_reads_each_blob_once_and_using_the_package_none(
+    registry, made, cache, trust
+):
+    registry.store.reads.clear()
+
+    pulled = pull(REFERENCE, registry, cache, trust)
+    load_source(pulled.package)
+
+    blobs = [path for path in registry.store.reads if path.startswith("blobs/")]
+    assert sorted(blobs) == sorted(registry.store.list("blobs"))
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["cold", "from the cache"])
+def test_what_was_verified_is_used_whatever_becomes_of_the_folder(
+    registry, made, cache, trust, times
+):
+    for _ in range(times):
+        pulled = pull(REFERENCE, registry, cache, trust)
+
+    for path in pulled.folder.iterdir():
+        path.chmod(0o644)
+        path.write_bytes(b"something else")
+
+    source = load_source(pulled.package)
+    name = source.updates[0].a.name
+    assert source.tensors.read(name) == load_source(made).tensors.read(name)
+    assert contents(pulled.package) == contents(made)
 
 
 def test_says_that_a_version_was_withdrawn(registry, made, cache, trust):
@@ -186,3 +223,44 @@ def test_weights_changed_in_the_cache_are_told(registry, made, cache, trust):
 
     assert caught.value.where == str(weights)
     assert "cache prune" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json"])
+def test_any_file_changed_in_the_cache_is_told(registry, made, cache, trust, name):
+    """The smallest ones too, although nothing of them acts on a model."""
+    file = pull(REFERENCE, registry, cache, trust).folder / name
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes().replace(b"t", b"x", 1))
+
+    with pytest.raises(IntegrityError, match="the bytes have digest") as caught:
+        pull(REFERENCE, registry, cache, trust)
+
+    assert caught.value.where == str(file)
+
+
+def test_a_file_added_or_removed_in_the_cache_is_told(registry, made, cache, trust):
+    folder = pull(REFERENCE, registry, cache, trust).folder
+    (folder / "vocab.txt").write_text("a")
+    with pytest.raises(IntegrityError, match="the file was added"):
+        pull(REFERENCE, registry, cache, trust)
+
+    (folder / "vocab.txt").unlink()
+    (folder / "README.md").unlink()
+    with pytest.raises(IntegrityError, match="the file is missing"):
+        pull(REFERENCE, registry, cache, trust)
+
+
+def test_a_signature_changed_in_the_cache_is_told(registry, made, cache, trust):
+    signature = pull(REFERENCE, registry, cache, trust).folder / "model.sig"
+    signature.chmod(0o644)
+    signature.write_bytes(signature.read_bytes().replace(b"A", b"B", 1))
+
+    with pytest.raises(TrustError):
+        pull(REFERENCE, registry, cache, trust)
+
+
+def test_a_signature_removed_in_the_cache_is_told(registry, made, cache, trust):
+    (pull(REFERENCE, registry, cache, trust).folder / "model.sig").unlink()
+
+    with pytest.raises(TrustError, match="not signed"):
+        pull(REFERENCE, registry, cache, trust)

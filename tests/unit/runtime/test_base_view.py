@@ -1,4 +1,9 @@
-"""The oracle is `FolderBase` over the checkpoint that transformers wrote of the model."""
+"""The oracle is `FolderBase` over the checkpoint that transformers wrote of the model.
+
+Where tensors are large or laid out oddly, it is hashlib over the bytes that torch gives.
+"""
+
+import hashlib
 
 import pytest
 import torch
@@ -7,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lora_hub.base.folder import FolderBase
 from lora_hub.base.view import root_of, struct_of
 from lora_hub.errors import InconclusiveError
-from lora_hub.runtime.base_view import ModelBase
+from lora_hub.runtime.base_view import CHUNK_ELEMENTS, ModelBase
 from tests.builders import tiny_base, tiny_model
 
 
@@ -44,6 +49,72 @@ def test_a_value_that_the_narrower_dtype_does_not_have_is_told():
     assert ModelBase(wide).digest("lm_head.weight", "BF16") is None
 
 
+def holding(tensor):
+    """Return a module that holds the tensor as `weight`."""
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+    return module
+
+
+def sha256_of(tensor):
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return "sha256:" + hashlib.sha256(bytes(flat.numpy())).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(CHUNK_ELEMENTS + 3),
+        torch.randn(2, CHUNK_ELEMENTS - 1).bfloat16(),
+        torch.randn(6, 5, 4).permute(2, 0, 1),
+        torch.randn(700, 1100).T,
+        torch.randn(3, CHUNK_ELEMENTS + 1)[:, ::2],
+        torch.randn(2 * CHUNK_ELEMENTS + 8)[::2],
+        torch.randn(1, 7).expand(5, 7),
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.arange(9).int(),
+    ],
+    ids=lambda tensor: f"{list(tensor.shape)} {list(tensor.stride())}",
+)
+def test_the_digest_is_that_of_the_bytes_row_by_row(tensor):
+    assert ModelBase(holding(tensor)).digest("weight") == sha256_of(tensor)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "to", "wide"),
+    [
+        (torch.bfloat16, "BF16", torch.float32),
+        (torch.bfloat16, "BF16", torch.float64),
+        (torch.float16, "F16", torch.float32),
+        (torch.float16, "F16", torch.float64),
+        (torch.float32, "F32", torch.float64),
+    ],
+)
+def test_every_value_counts_in_a_widened_tensor(narrow, to, wide):
+    numbers = torch.randn(2, CHUNK_ELEMENTS - 1).to(narrow)
+    numbers[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 6e-8])
+    widened = numbers.to(wide)
+
+    found = ModelBase(holding(widened)).digest("weight", to)
+    widened[-1, -1] = 1 + 2**-30 if wide is torch.float64 else 1 + 2**-20
+    changed = ModelBase(holding(widened)).digest("weight", to)
+
+    assert found == sha256_of(numbers)
+    assert changed is None
+
+
+def test_a_tensor_that_is_held_in_another_form_cannot_be_compared():
+    """A subclass tells the dtype that it stands for and keeps other bytes."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = holding(torch.zeros(2))
+    model.weight = torch.nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+
+    with pytest.raises(InconclusiveError, match="TwoTensor"):
+        ModelBase(model).digest("weight")
+
+
 def test_a_narrower_model_is_not_taken_for_the_wider_one():
     view = ModelBase(tiny_model(dtype="bfloat16"))
 
@@ -72,6 +143,22 @@ def test_known_digests_are_of_the_tensors_as_they_are_now():
 
     assert again == before
     assert after != before
+
+
+def test_another_tensor_in_the_same_place_is_hashed_anew():
+    """Memory that was given back is soon given out again."""
+    memory, known = bytearray(16), {}
+    model = holding(torch.frombuffer(memory, dtype=torch.float32))
+    before = ModelBase(model, known).digest("weight")
+    place = model.weight.data_ptr()
+
+    del model.weight
+    memory[:] = bytes(range(16))
+    model.weight = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32))
+    after = ModelBase(model, known).digest("weight")
+
+    assert model.weight.data_ptr() == place
+    assert after == "sha256:" + hashlib.sha256(memory).hexdigest() != before
 
 
 def test_a_tensor_on_the_meta_device_cannot_be_compared():
