@@ -38,11 +38,25 @@ def resolved(
     """
     if update.magnitude is None:
         return update
+    return with_norms(update, norms_of(update, matrix), where=where)
+
+
+def norms_of(update: Update, matrix: Shaped[Tensor, "out inp"]) -> Float64[Tensor, " out"]:
+    """Return ‖M + Δ‖ of every row, on the CPU.
+
+    By blocks of rows. The closed form `‖M‖² + 2⟨M, Δ⟩ + ‖Δ‖²` needs no dense change; it was
+    measured no faster in float64 (ranks 16, widths 576 and 1536), and it cancels where a
+    row nearly vanishes.
+
+    Args:
+        update: its factors on the device of the matrix.
+        matrix: the base weight as (out, in).
+    """
     out, inp = update.shape
     step = max(1, BLOCK_ELEMENTS // max(1, inp))
     blocks = [slice(start, min(start + step, out)) for start in range(0, out, step)]
-    norms = torch.cat([row_norms(update, matrix[rows], rows).cpu() for rows in blocks])
-    return with_norms(update, norms, where=where)
+    norms = [row_norms(update, matrix[rows], rows).cpu() for rows in blocks]
+    return torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64)
 
 
 def row_norms(
@@ -56,7 +70,7 @@ def row_norms(
         rows: which rows.
     """
     plain = replace(update, p=None, q=None, magnitude=None)
-    changed = delta(plain, rows=rows) + weight
+    changed = delta(plain, rows=rows).add_(weight)
     norms: Tensor = changed.norm(dim=1)
     return norms
 

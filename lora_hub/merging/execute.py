@@ -10,13 +10,12 @@ appears when it is whole.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora_hub import atomic
+from lora_hub.adapter.merged_rows import rounded, wide_of
 from lora_hub.adapter.tensor_bytes import TORCH, to_bytes
 from lora_hub.base.folder import FolderBase
 from lora_hub.errors import ComposeError
@@ -171,25 +170,19 @@ class _Run:
             yield to_bytes(cast)
 
     def _changed(self, tensor: PlannedTensor, fate: Fate) -> Iterator[memoryview]:
-        dtypes = (torch.float32, TORCH[tensor.dtype], TORCH[tensor.written])
-        wide = reduce(torch.promote_types, dtypes)
+        written = TORCH[tensor.written]
+        wide = wide_of(TORCH[tensor.dtype], written)
         lost = added = 0.0
         for block in blocks(
             fate, tensor.shape, tensor.dtype, self._base, self._parts, self._load
         ):
-            merged = _rounded(block, wide, TORCH[tensor.written])
+            merged = rounded(block.start, block.change, wide, written)
             _check_finite(merged, block.base, tensor)
             moved, missed = _measured(block, merged)
             added, lost = added + moved, lost + missed
             yield to_bytes(merged)
         error = math.sqrt(lost / added) if added else 0.0
         self.changed.append(MergedTensor(tensor.name, tensor.written, error, tensor.action))
-
-
-def _rounded(block: Block, wide: torch.dtype, written: torch.dtype) -> Tensor:
-    if block.change is None:
-        return block.start.to(written)
-    return block.start.to(wide).add(block.change.to(wide)).to(written)
 
 
 def _measured(block: Block, merged: Tensor) -> tuple[float, float]:

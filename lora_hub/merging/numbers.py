@@ -1,51 +1,37 @@
-"""The numbers of one merged tensor, some rows at a time.
+"""The numbers of one merged tensor, some rows at a time, as files hold them.
 
-Of each part, the layer's weight with this part alone is `M + Δ`, where M is the base's
-tensor, or what the part exchanged for it. The result is the base's tensor W plus the
-weighted sum of what the parts make of it,
-
-    W + Σ wᵢ·((Mᵢ - W) + Δᵢ)        Δᵢ = diag(p)·Mᵢ + Mᵢ·diag(q) + b·diag(scaling)·a
-
-so no part sees another, and DoRA's norms are those of a part's own weight. They are taken
-in a first pass over the tensor; the second gives the sums. Both see a block of the file's
-rows, which for a transposed weight are columns of the matrix.
+`adapter/merged_rows.py` says what becomes of some rows; here they are read. DoRA's norms
+are those of a part's own weight. They are taken in a first pass over the tensor; the second
+gives the sums. Both see a block of the file's rows, which for a transposed weight are
+columns of the matrix.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from lora_hub.adapter.load import load_scale, load_update
+from lora_hub.adapter.merged_rows import (
+    BLOCK_ELEMENTS,
+    Rows,
+    Term,
+    change_of,
+    cut,
+    exchanged,
+    of_bias,
+    with_rows,
+)
 from lora_hub.adapter.resolve import with_norms
 from lora_hub.adapter.tensor_bytes import TORCH, to_tensor
-from lora_hub.adapter.update import Update, delta
+from lora_hub.adapter.update import Update
 from lora_hub.formats.source import UpdateSource
 from lora_hub.merging.changes import Change, Exchange, Fate
 from lora_hub.merging.planned import Part
 from lora_hub.tensors.checkpoint import Checkpoint
-
-# Elements in memory at a time: 4 MiB in float64, of which a handful exist at once
-# (`benchmarks/merge_memory.py`).
-BLOCK_ELEMENTS = 1 << 19
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Some rows of one matrix of a tensor.
-
-    Attributes:
-        expert: which matrix, 0 where there is one.
-        inside: the rows of that matrix.
-        flat: the rows counted through all matrices, as they lie in the file.
-    """
-
-    expert: int
-    inside: slice
-    flat: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +47,6 @@ class Block:
     base: Shaped[Tensor, "rows columns"]
     start: Shaped[Tensor, "rows columns"]
     change: Float64[Tensor, "rows columns"] | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Term:
-    """One change as it meets the tensor."""
-
-    change: Change
-    weight: float
-    update: Update
-
-    def on(
-        self, own: Shaped[Tensor, "rows columns"], rows: Rows
-    ) -> Float64[Tensor, "rows columns"]:
-        """Return what is added to these rows of the file, before the weight."""
-        update, lines = self.update, rows.inside
-        if update.a.dim() == 3:
-            update = replace(update, a=update.a[rows.expert], b=update.b[rows.expert])
-        if not self.change.is_transposed:
-            return delta(update, own, rows=lines)
-        q = None if update.q is None else update.q[lines]
-        return delta(replace(update, a=update.a[:, lines], q=q), own.T).T
 
 
 Load = Callable[[Change], Update]
@@ -108,25 +73,13 @@ def loader(parts: Sequence[Part]) -> Load:
             )
         update = kept[key]
         if change.aspect == "bias":
-            return _of_bias(update)
+            return of_bias(update)
         if change.expert is None:
             return update
         lines = slice(None) if change.rows is None else slice(*change.rows)
         return replace(update, a=update.a[change.expert], b=update.b[change.expert, lines])
 
     return load
-
-
-def _of_bias(update: Update) -> Update:
-    """Return what an update does to the layer's bias, seen as a matrix of one column."""
-    scale = update.bias_scale
-    if update.bias is None:
-        width = 0 if scale is None else len(scale)
-        return Update(
-            torch.zeros(0, 1), torch.zeros(width, 0), torch.zeros(0).double(), scale
-        )
-    one = torch.ones(1, 1, dtype=torch.float64)
-    return Update(one, update.bias[:, None], one[0], scale)
 
 
 def blocks(
@@ -152,20 +105,16 @@ def blocks(
     """
     held = _Held(fate, dtype, base, parts)
     terms = [
-        _Term(change, parts[change.part].weight, load(change)) for change in fate.changes
+        Term(change.part, parts[change.part].weight, load(change), change.is_transposed)
+        for change in fate.changes
     ]
     are_experts = any(term.update.a.dim() == 3 for term in terms)
     matrices = (shape[0], shape[1:]) if are_experts else (1, shape)
     terms = _resolved(terms, held, matrices)
-    for rows, columns in _cut(*matrices):
+    for rows, columns in cut(*matrices, BLOCK_ELEMENTS):
         was = held.base(rows, columns)
-        change: Tensor | None = None
-        for term in terms:
-            added = term.on(held.alone(term.change.part, was, rows), rows)
-            if term.weight != 1:
-                added.mul_(term.weight)
-            change = added if change is None else change.add_(added)
-            del added  # a block less while the next term makes its own
+        alone = partial(held.alone, was=was, rows=rows)
+        change = change_of(terms, alone, rows)
         yield Block(was, held.exchanged(was, rows), change)
 
 
@@ -174,7 +123,7 @@ def plain_blocks(
 ) -> Iterator[Shaped[Tensor, "rows columns"]]:
     """Give the rows of a tensor as the base has them."""
     held = _Held(Fate(name, name), dtype, base, ())
-    for rows, columns in _cut(1, shape):
+    for rows, columns in cut(1, shape, BLOCK_ELEMENTS):
         yield held.base(rows, columns)
 
 
@@ -199,17 +148,14 @@ class _Held:
     def exchanged(
         self, was: Shaped[Tensor, "rows columns"], rows: Rows
     ) -> Shaped[Tensor, "rows columns"]:
-        """Return `(1 - Σw)·W + Σ w·W'`, in which a single weight of 1 rounds nothing."""
-        if not self.fate.exchanges:
-            return was
-        rest = torch.ones(len(was), 1, dtype=torch.float64)
-        total = torch.zeros(was.shape, dtype=torch.float64)
-        for exchange in self.fate.exchanges:
-            lines, new = self._new(exchange, rows, was.shape[1])
-            weight = self.parts[exchange.part].weight
-            rest[lines] -= weight
-            total[lines] += weight * new.double()
-        return torch.where(rest == 0, total, total + rest * was)
+        """Return the rows with what was exchanged."""
+        return exchanged(
+            was,
+            [
+                (self.parts[each.part].weight, *self._new(each, rows, was.shape[1]))
+                for each in self.fate.exchanges
+            ],
+        )
 
     def alone(
         self, part: int, was: Shaped[Tensor, "rows columns"], rows: Rows
@@ -218,8 +164,7 @@ class _Held:
         for exchange in self.fate.exchanges:
             if exchange.part == part:
                 lines, new = self._new(exchange, rows, was.shape[1])
-                was = was.to(torch.promote_types(was.dtype, new.dtype), copy=True)
-                was[lines] = new.to(was.dtype)
+                was = with_rows(was, lines, new)
         return was
 
     def _new(
@@ -250,50 +195,32 @@ class _Held:
 
 
 def _resolved(
-    terms: list[_Term], held: _Held, matrices: tuple[int, tuple[int, ...]]
-) -> list[_Term]:
+    terms: list[Term], held: _Held, matrices: tuple[int, tuple[int, ...]]
+) -> list[Term]:
     """Return the terms with p and scaled factors in the place of magnitudes."""
     if all(term.update.magnitude is None for term in terms):
         return terms
+    targets = [change.source.target for change in held.fate.changes]
     squares: dict[int, Tensor] = {}
-    plain: list[tuple[int, _Term]] = []
+    plain: list[tuple[int, Term]] = []
     for index, term in enumerate(terms):
         magnitude = term.update.magnitude
         if magnitude is not None:
             squares[index] = torch.zeros_like(magnitude)
             bare = replace(term.update, magnitude=None, p=None, q=None)
             plain.append((index, replace(term, update=bare)))
-    for rows, columns in _cut(*matrices):
+    for rows, columns in cut(*matrices, BLOCK_ELEMENTS):
         was = held.base(rows, columns)
         for index, term in plain:
-            own = held.alone(term.change.part, was, rows)
+            own = held.alone(term.part, was, rows)
             square = term.on(own, rows).add_(own).square_()
-            if term.change.is_transposed:
+            if term.is_transposed:
                 squares[index] += square.sum(dim=0)
             else:
                 squares[index][rows.inside] = square.sum(dim=1)
     return [
-        replace(
-            term,
-            update=with_norms(
-                term.update, squares[index].sqrt(), where=term.change.source.target
-            ),
-        )
+        replace(term, update=with_norms(term.update, squares[index].sqrt(), where=target))
         if index in squares
         else term
-        for index, term in enumerate(terms)
+        for index, (term, target) in enumerate(zip(terms, targets, strict=True))
     ]
-
-
-def _cut(count: int, shape: tuple[int, ...]) -> Iterator[tuple[Rows, int]]:
-    """Give the rows of blocks of `count` matrices, and how many columns they have."""
-    height, columns = (shape[0] if shape else 1), math.prod(shape[1:])
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for expert in range(count):
-        for start in range(0, height if columns else 0, step):
-            stop = min(start + step, height)
-            first = expert * height
-            yield (
-                Rows(expert, slice(start, stop), slice(first + start, first + stop)),
-                columns,
-            )

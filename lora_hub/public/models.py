@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_hub import extras, settings
+from lora_hub import extras, settings, sizes
 
 # Said in our words here, before the imports below would say it in Python's.
 for _module in ("torch", "jaxtyping"):
@@ -47,6 +47,9 @@ def attach(
     registry: PathLike | None = None,
     *,
     base: PathLike | None = None,
+    budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    reserve: str | Sequence[str] = (),
 ) -> Host:
     """Return a host for adapters on a model; nothing changes until an adapter is used.
 
@@ -55,9 +58,29 @@ def attach(
         registry: a folder or a configured name, where references are looked up.
         base: folder of the base, for adapters that cannot be read without it: VeRA, and
             dialects with names of their own.
+        budget: the most bytes that adapters may take beside the model, as a number or as
+            text such as "200MB". What is not used then leaves when another adapter needs
+            its room, and comes back when it is used. Without it nothing leaves.
+        host_budget: the most bytes of copies in the host's memory, for a model that is not
+            on the CPU; as many as `budget` by default.
+        reserve: layers that get their hook at once, so that a model compiled afterwards is
+            not compiled again, whatever is used: "all-linear", or names such as "q_proj".
+
+    Raises:
+        InputError: a budget is no size, or a name that of no layer.
     """
     options = _read_with(base)
-    return Host(model, lambda what: find(what, registry, options=options))
+    return Host(
+        model,
+        lambda what: find(what, registry, options=options),
+        budget=_bytes(budget, "budget"),
+        host_budget=_bytes(host_budget, "host_budget"),
+        reserve=reserve,
+    )
+
+
+def _bytes(size: int | str | None, where: str) -> int | None:
+    return None if size is None else sizes.to_bytes(size, where=where)
 
 
 def load_adapter(

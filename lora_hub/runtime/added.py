@@ -1,10 +1,11 @@
 """What an update adds to the output of a layer, one function for each kind of layer.
 
-The layer has computed `y = W·x + b₀` as ever, and
+The layer has computed `y = W·x + b₀` as ever, and a weight times
 
     b·(a·x) + p⊙(W·x) + W·(q⊙x) + bias + bias_scale⊙b₀
 
-is added. Factors are applied one after the other; no dense change is made.
+is added to `total`, in place: that may be the output itself, or zeros that all adapters of
+these rows add to. Factors are applied one after the other; no dense change is made.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,57 +18,63 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_hub.manifest.document import Layer
-
-Tensors = Mapping[str, Tensor]  # a, b with the scaling, and those of p, q, … that are given
+from lora_hub.runtime.resident import Factors
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 def to_linear(
-    own: Tensors,
+    own: Factors,
     layer: nn.Module,
     x: Float[Tensor, "*batch inp"],
     y: Float[Tensor, "*batch out"],
-) -> Float[Tensor, "*batch out"]:
-    """Return y with the update of a linear layer added, GPT-2's Conv1D included."""
-    added = torch.zeros_like(y)
-    if len(own["a"]):
-        added = functional.linear(functional.linear(x, own["a"]), own["b"])
-    if "q" in own:
-        weight = _own(layer, "weight", y)
-        matrix = weight.T if is_conv1d(layer) else weight
-        added = added + functional.linear(x * own["q"], matrix)
-    return y + _of_rows(own, layer, y, added, 0)
+    total: Float[Tensor, "*batch out"],
+    weight: float,
+) -> None:
+    """Add the update of a linear layer, GPT-2's Conv1D included."""
+    # First, since the output may be what is added to.
+    _of_rows(own, layer, y, total, weight, 0)
+    x, total = x.reshape(-1, x.shape[-1]), total.view(-1, total.shape[-1])
+    if own.rank:
+        total.addmm_(torch.mm(x, own.a.T), own.bt, alpha=weight)
+    if own.q is not None:
+        matrix = _own(layer, "weight", total)
+        matrix = matrix if is_conv1d(layer) else matrix.T
+        total.addmm_(x * own.q, matrix, alpha=weight)
 
 
 def to_embedding(
-    own: Tensors,
+    own: Factors,
     layer: nn.Module,
     x: Int[Tensor, "*batch"],
     y: Float[Tensor, "*batch out"],
-) -> Float[Tensor, "*batch out"]:
-    """Return y with the update of the rows that x names added.
+    total: Float[Tensor, "*batch out"],
+    weight: float,
+) -> None:
+    """Add the update of the rows that x names.
 
     A layer that scales what it looks up (`embed_scale`) scales the update, too.
     """
-    added = torch.zeros_like(y)
-    if len(own["a"]):
-        added = functional.linear(functional.embedding(x, own["a"].T), own["b"])
-    scale = embed_scale(layer)
-    if scale is not None:
-        added = added * scale.to(y.dtype)
-    if "q" in own:
-        added = added + own["q"][x].unsqueeze(-1) * y
-    return y + _of_rows(own, layer, y, added, 0)
+    if own.q is not None:
+        total.addcmul_(y, own.q[x].unsqueeze(-1), value=weight)
+    _of_rows(own, layer, y, total, weight, 0)
+    if own.rank:
+        added = functional.embedding(x, own.a.T) @ own.bt
+        scale = embed_scale(layer)
+        if scale is not None:
+            added *= scale.to(added.dtype)
+        total.add_(added, alpha=weight)
 
 
 def to_conv(
-    own: Tensors,
+    own: Factors,
     layer: nn.Module,
     x: Float[Tensor, "*batch_and_channels_in"],
     y: Float[Tensor, "*batch_and_channels_out"],
-) -> Float[Tensor, "*batch_and_channels_out"]:
-    """Return y with the update of a convolution added.
+    total: Float[Tensor, "*batch_and_channels_out"],
+    weight: float,
+) -> None:
+    """Add the update of a convolution.
 
     `a` is a kernel over all channels with the layer's own stride, padding and dilation,
     `b` one of size 1 after it: what the layer gives with the changed weight.
@@ -81,18 +88,19 @@ def to_conv(
         "padding": padding,
         "dilation": layer.dilation,
     }
-    added = torch.zeros_like(y)
-    if len(own["a"]):
-        kernel = own["a"].reshape(-1, layer.in_channels, *layer.kernel_size)
-        column = own["b"].reshape(*own["b"].shape, *(1,) * axes)
-        added = conv(conv(padded, kernel, **where), column)
-    if "q" in own:
-        weight = _own(layer, "weight", y) * by_groups(layer, own["q"])
-        added = added + conv(padded, weight, groups=layer.groups, **where)
-    return y + _of_rows(own, layer, y, added, axes)
+    _of_rows(own, layer, y, total, weight, axes)
+    if own.rank:
+        kernel = own.a.reshape(-1, layer.in_channels, *layer.kernel_size)
+        column = own.bt.T.reshape(*own.bt.T.shape, *(1,) * axes)
+        total.add_(conv(conv(padded, kernel, **where), column), alpha=weight)
+    if own.q is not None:
+        scaled = _own(layer, "weight", total) * by_groups(layer, own.q)
+        total.add_(conv(padded, scaled, groups=layer.groups, **where), alpha=weight)
 
 
-ADDED: Mapping[Layer, Callable[[Tensors, nn.Module, Tensor, Tensor], Tensor]] = {
+Added = Callable[[Factors, nn.Module, Tensor, Tensor, Tensor, float], None]
+
+ADDED: Mapping[Layer, Added] = {
     "linear": to_linear,
     "embedding": to_embedding,
     "conv": to_conv,
@@ -102,13 +110,10 @@ ADDED: Mapping[Layer, Callable[[Tensors, nn.Module, Tensor, Tensor], Tensor]] = 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether it is transformers' Conv1D: a linear layer stored as (in, out)."""
     # By name: nothing here needs transformers, and whoever has such a layer does.
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D"
-        and hasattr(module, "nf")
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-    )
+    return hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def embed_scale(layer: nn.Module) -> Tensor | None:
@@ -122,22 +127,25 @@ def embed_scale(layer: nn.Module) -> Tensor | None:
     return torch.as_tensor(scale, device=weight.device).to(weight.dtype)
 
 
-def _of_rows(own: Tensors, layer: nn.Module, y: Tensor, added: Tensor, axes: int) -> Tensor:
-    """Return `added` and what p, bias and bias_scale add; channels have `axes` behind."""
+def _of_rows(
+    own: Factors, layer: nn.Module, y: Tensor, total: Tensor, weight: float, axes: int
+) -> None:
+    """Add what p, bias and bias_scale do; channels have `axes` behind them."""
+    if own.p is None and own.bias is None and own.bias_scale is None:
+        return
 
     def shaped(vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * axes)
 
-    scales = "p" in own or "bias_scale" in own
-    bias = _own(layer, "bias", y) if scales else None
-    if "p" in own:
+    bias = _own(layer, "bias", total)
+    if own.p is not None:
+        p = shaped(own.p)
         # p scales W·x and not the layer's own bias.
-        added = added + shaped(own["p"]) * (y if bias is None else y - shaped(bias))
-    if "bias" in own:
-        added = added + shaped(own["bias"])
-    if "bias_scale" in own and bias is not None:
-        added = added + shaped(own["bias_scale"] * bias)
-    return added
+        total.addcmul_(y if bias is None else y - shaped(bias), p, value=weight)
+    if own.bias is not None:
+        total.add_(shaped(own.bias), alpha=weight)
+    if own.bias_scale is not None and bias is not None:
+        total.add_(shaped(own.bias_scale * bias), alpha=weight)
 
 
 def _own(layer: nn.Module, name: str, like: Tensor) -> Any:

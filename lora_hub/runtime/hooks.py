@@ -1,192 +1,303 @@
-"""What adapters with weights do to a model, as hooks on its modules.
+"""The hooks of a host: one on each layer that an adapter adds to, two on the model.
 
-Per layer all updates become one effect; adapters that wait for their invocation tokens
-have one of their own. A tensor that any of them replaces is swapped while its module runs.
-Where an update scales a weight (p, q) that is replaced, the scaling goes into the swapped
-tensor, since each adapter scales the weight as it alone would have it.
+Those on layers are put on when an adapter first needs them and stay, whichever adapters
+act afterwards, so that a change of adapters registers nothing and compiled code stays
+right. What acts is asked in each forward: the model's hooks settle it for all its layers
+(`step.py`), and a layer that is called by itself asks the host.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
-from lora_hub.adapter.update import Update
-from lora_hub.composing.linear import Term
-from lora_hub.errors import ComposeError
+from lora_hub.errors import InputError
+from lora_hub.runtime import compiled
+from lora_hub.runtime.added import is_conv1d
 from lora_hub.runtime.effect import Effect
-from lora_hub.runtime.invocation import Invocation
-from lora_hub.runtime.layers import Place
-from lora_hub.runtime.prepare import Prepared
-from lora_hub.runtime.swap import Part, Swap
+from lora_hub.runtime.invocation import Invocations, sequences_of
+from lora_hub.runtime.recomputing import Recomputing
+from lora_hub.runtime.route import Route
+from lora_hub.runtime.sites import Sites
+from lora_hub.runtime.step import Step, Steps
+from lora_hub.runtime.uncompiled import uncompiled, uncompiled_alone
 
-Key = tuple[nn.Module, str]  # a tensor's module and its name there
-
-
-@dataclass(frozen=True, slots=True)
-class Acting:
-    """An adapter that is to act: ready, its weight (not zero), its invocation tokens."""
-
-    name: str
-    prepared: Prepared
-    weight: float
-    tokens: tuple[int, ...] = ()
+# The hooks that torch calls on every module, which may keep an output.
+_ON_ALL: Mapping[int, object] = torch_modules._global_forward_hooks  # noqa: SLF001
 
 
-@dataclass(slots=True)
-class _Joint:
-    """All terms of one effect, with the dtype their factors were trained in."""
+class Hooks:
+    """All hooks of a host on its model.
 
-    target: str
-    terms: list[Term] = field(default_factory=list)
-    dtypes: list[torch.dtype] = field(default_factory=list)
+    Args:
+        now: what acts in the thread that asks, outside of any forward.
 
-
-class Acts:
-    """The hooks of adapters that act together; made first, put on afterwards.
-
-    Raises:
-        ComposeError: a weight makes a number that the dtype which is computed in cannot
-            hold; or a tensor that is no floating-point one would be weighted.
+    Attributes:
+        is_traced: whether torch.compile has seen them.
+        is_more_than_added: whether adapters are in force that do more than add to outputs.
     """
 
-    def __init__(self, adapters: Sequence[Acting]) -> None:
-        self._swaps: list[Swap] = []
-        self._effects: list[tuple[nn.Module, Effect]] = []
-        self._invocations = {
-            adapter.tokens: Invocation(adapter.tokens, where=adapter.name)
-            for adapter in adapters
-            if adapter.tokens
-        }
-        self._hooks: list[RemovableHandle] = []
-        self._make_swaps(adapters)
-        self._make_effects(adapters)
+    def __init__(self, model: nn.Module, sites: Sites, now: Callable[[], Route]) -> None:
+        self._model = model
+        self.sites = sites
+        self._now = now
+        self._steps = Steps()
+        self._invocations = Invocations()
+        self._recomputing = Recomputing()
+        # Of all threads. Weak, so that those of a thread that is gone do not stay.
+        self._running: WeakSet[Step] = WeakSet()
+        self._when_idle: Callable[[], None] | None = None
+        # Site → what acted there when compiled code ran last.
+        self._traced: WeakValueDictionary[int, Route] = WeakValueDictionary()
+        self._number = compiled.number_of(self)
+        self.is_traced = False
+        self.is_more_than_added = False
+        self._on: dict[int, RemovableHandle] = {}
+        self._on_model: list[RemovableHandle] = []
 
-    def put_on(self, model: nn.Module) -> None:
-        """Register every hook; the model acts so from its next call on."""
-        hooks = self._hooks
-        for each in self._invocations.values():
-            hooks.append(model.register_forward_pre_hook(each.before, with_kwargs=True))
-            hooks.append(
-                model.register_forward_hook(
-                    each.after, with_kwargs=True, always_call=True, prepend=True
-                )
+    def __deepcopy__(self, _memo: object) -> "Hooks":
+        """A copy of the model asks the same host."""
+        return self
+
+    @property
+    def route(self) -> Route:
+        """What acts in this thread: that of the forward it is in, else the host's."""
+        opened = self._steps.open
+        if opened:
+            return opened[-1].route
+        return self._recomputing.route(self._now) if _in_backward() else self._now()
+
+    def step(self) -> Step:
+        """Return the call of the model that this thread is in, or one of no shape."""
+        return self._steps.now or Step(self.route)
+
+    @property
+    def step_or_none(self) -> Step | None:
+        """The call of the model that this thread is in."""
+        return self._steps.now
+
+    def put_on(self, numbers: Iterable[int]) -> bool:
+        """Put hooks on the model and on these sites; return whether one is new."""
+        new = [number for number in numbers if number not in self._on]
+        if not self._on_model:
+            self._on_model += (
+                self._model.register_forward_pre_hook(
+                    self._before, with_kwargs=True, prepend=True
+                ),
+                self._model.register_forward_hook(
+                    self._after, with_kwargs=True, always_call=True
+                ),
             )
-        for swap in self._swaps:
-            module = swap.place.module
-            # First of all, so that no hook fails before it; and last, after the effects.
-            hooks.append(module.register_forward_pre_hook(swap.before, prepend=True))
-        for module, effect in self._effects:
-            hooks.append(module.register_forward_hook(effect, with_kwargs=True))
-        for swap in self._swaps:
-            module = swap.place.module
-            hooks.append(module.register_forward_hook(swap.after, always_call=True))
+        for number in new:
+            layer = self.sites[number]
+            self._on[number] = layer.register_forward_hook(
+                self._layer_hook(number, layer), with_kwargs=True
+            )
+        return bool(new)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the model runs, in any thread."""
+        return bool(self._running)
+
+    def when_idle(self, act: Callable[[], None] | None) -> None:
+        """Call this as soon as no forward of the model runs, which may be now."""
+        self._when_idle = act
+        self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        act = self._when_idle
+        if act is not None and not self._running:
+            self._when_idle = None
+            act()
 
     def take_off(self) -> None:
-        """Remove every hook, and restore what a broken-off call may have left."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for swap in self._swaps:
-            swap.restore()
+        """Remove every hook."""
+        for handle in (*self._on.values(), *self._on_model):
+            handle.remove()
+        self._on.clear()
+        self._on_model.clear()
 
-    def __bool__(self) -> bool:
-        return bool(self._hooks)
+    def __len__(self) -> int:
+        return len(self._on)
 
-    def _make_swaps(self, adapters: Sequence[Acting]) -> None:
-        parts: dict[Key, list[Part]] = {}
-        terms: dict[Key, list[Term]] = {}
-        places: dict[Key, Place] = {}
-        names: dict[Key, str] = {}
-        for adapter in adapters:
-            for name, (place, new) in adapter.prepared.replaced.items():
-                key = place.module, place.name
-                parts.setdefault(key, []).append(Part(adapter.weight, new))
-                places.setdefault(key, place)
-                names.setdefault(key, name)
-        for adapter in adapters:
-            for target, aimed in adapter.prepared.updates.items():
-                place, update = aimed.place, aimed.update
-                key = place.module, place.name
-                bias = place.module, "bias"
-                if update.layer == "experts":
-                    terms.setdefault(key, []).append((update, adapter.weight))
-                    names.setdefault(key, target)
-                    places[key] = place  # knows how the tensor is laid out
-                elif key in parts and _scales(update):
-                    _add_scales(parts[key], adapter, key, update)
-                    places[key] = place
-                if bias in parts and update.bias_scale is not None:
-                    _add_scales(parts[bias], adapter, bias, update)
-        for key, place in places.items():
-            swap = Swap(place, parts.get(key, ()), terms.get(key, ()))
-            _check_floating(place, parts.get(key, ()), names[key])
-            if not swap.is_finite:
-                raise _not_finite(names[key])
-            self._swaps.append(swap)
+    def forget_broken_off(self) -> None:
+        """Let go of steps that an interrupt left open, where no forward runs above us."""
+        for step in self._steps.forget_broken_off():
+            self._running.discard(step)
 
-    def _make_effects(self, adapters: Sequence[Acting]) -> None:
-        swapped = {(swap.place.module, swap.place.name) for swap in self._swaps}
-        joints: dict[tuple[nn.Module, tuple[int, ...]], _Joint] = {}
-        for adapter in adapters:
-            for target, aimed in adapter.prepared.updates.items():
-                update = aimed.update
-                if update.layer == "experts":
-                    continue
-                if (aimed.place.module, "weight") in swapped:
-                    update = replace(update, p=None, q=None)
-                if (aimed.place.module, "bias") in swapped:
-                    update = replace(update, bias_scale=None)
-                joint = joints.setdefault(
-                    (aimed.place.module, adapter.tokens), _Joint(target)
-                )
-                joint.terms.append((update, adapter.weight))
-                if update.rank:
-                    joint.dtypes.append(aimed.dtype)
-        for (module, tokens), joint in joints.items():
-            gate = self._invocations[tokens].gate if tokens else None
-            dtype = reduce(torch.promote_types, joint.dtypes) if joint.dtypes else None
-            effect = Effect(joint.terms, module, dtype=dtype, gate=gate)
-            if not effect.is_finite:
-                raise _not_finite(joint.target)
-            self._effects.append((module, effect))
-
-
-def _scales(update: Update) -> bool:
-    return update.p is not None or update.q is not None
-
-
-def _add_scales(parts: list[Part], adapter: Acting, key: Key, update: Update) -> None:
-    """Put the scaling to what its own adapter replaces, or beside it where it does not."""
-    own = {
-        id(new)
-        for place, new in adapter.prepared.replaced.values()
-        if (place.module, place.name) == key
-    }
-    for index, part in enumerate(parts):
-        if id(part.replaced) in own and part.scales is None:
-            parts[index] = replace(part, scales=update)
+    @typing.no_type_check  # torch.compile may read it
+    def _before(
+        self, _model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Settle what acts until the model returns; called by torch before its forward."""
+        if torch.compiler.is_compiling():
+            if self.is_more_than_added:
+                self._begin_eagerly(args, kwargs, 0)
             return
-    parts.append(Part(adapter.weight, scales=update))
+        # What calls the hook runs until the model's forward ends.
+        self._begin_eagerly(args, kwargs, id(sys._getframe(1)))  # noqa: SLF001
+
+    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], frame: int) -> None:
+        self.forget_broken_off()
+        route = self.route
+        step = Step(route, _shape(args, kwargs), frame=frame)
+        self._steps.open.append(step)  # first: what is called afterwards ends it
+        self._running.add(step)
+        if route.total is not None and step.shape and step.shape[0] != route.total:
+            raise InputError(
+                f"the model was given {step.shape[0]} rows, and {route.total} have "
+                "adapters of their own",
+                hint="give one entry a row; each=... where one entry stands for several "
+                "rows, as with beams or num_return_sequences",
+            )
+        if not route.adds_only:
+            residents = (each.resident for each in route.entries)
+            sequences = sequences_of((each.name, each.tokens) for each in residents)
+            step.awake = self._invocations.seen(sequences, args, kwargs)
+
+    @typing.no_type_check  # torch.compile may read it
+    def _after(
+        self, _model: nn.Module, _args: object, _kwargs: object, output: Any
+    ) -> None:
+        """End the step; called by torch after the model's forward, also a failed one."""
+        if torch.compiler.is_compiling():
+            if self.is_more_than_added:
+                self._end_eagerly(output)
+            return
+        self._end_eagerly(output)
+
+    def _end(self, output: Any) -> None:
+        step = self._steps.end()
+        if step is None:
+            return
+        self._running.discard(step)
+        if output is not None and step.awake:
+            self._invocations.keep(step.awake, output)
+        if output is not None and torch.is_grad_enabled():
+            self._recomputing.seen(step.route, output)
+        self._look_whether_idle()
+
+    _begin_eagerly = uncompiled(_begin)
+    _end_eagerly = uncompiled(_end)
+    uncompiled_alone(_before)
+    uncompiled_alone(_after)
+
+    def _layer_hook(self, number: int, layer: nn.Module) -> Callable[..., Tensor | None]:
+        """Return what torch calls after the layer's forward."""
+        # A function with all it needs at hand: it is called for each layer and token.
+        steps, sites, hooks, own_number = self._steps, self.sites, self, self._number
+        is_compiling = torch.compiler.is_compiling
+        # Torch's own forwards give memory of their own, which no hook before us has seen.
+        kind = type(layer)
+        gives_fresh = kind.forward is nn.Linear.forward or is_conv1d(layer)
+        held = layer.__dict__
+        others = layer._forward_hooks  # noqa: SLF001  (torch's own name)
+
+        @typing.no_type_check  # torch.compile reads its first lines
+        def add(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+        ) -> Tensor | None:
+            if is_compiling():
+                return _traced_hook(hooks, own_number, number, layer, args, kwargs, y)
+            opened = steps.open
+            if opened:
+                step = opened[-1]
+                route = step.route
+            else:
+                step, route = None, hooks.route
+            effect = route.effects.get(number)
+            if effect is None:
+                effect = route.effects[number] = Effect(route, number, sites)
+            if effect.is_nothing:
+                return None
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            is_fresh = (
+                gives_fresh
+                and type(y) is Tensor
+                and len(others) == 1
+                and not _ON_ALL
+                and "forward" not in held
+                and y.is_contiguous()
+            )
+            return effect(step, layer, x, y, is_fresh=is_fresh)
+
+        hook: Callable[..., Tensor | None] = add
+        return hook
+
+    def effect(self, site: int, *, again: bool = False) -> Effect | None:
+        """Return what acts now on a layer, for compiled code; None where nothing does.
+
+        Args:
+            site: number of the layer.
+            again: for a backward, whose forward must have seen the same.
+
+        Raises:
+            InputError: other adapters act than in the forward.
+        """
+        route = self.route
+        if again:
+            before = self._traced.get(site)
+            if before is None or not before.is_same(route):
+                raise InputError(
+                    "other adapters act in the backward of compiled code than did in its "
+                    "forward",
+                    where=self.sites.path(site),
+                    hint="call backward() before other adapters are used",
+                )
+        else:
+            self._traced[site] = route
+        return self.effect_of(route, site) if route.entries else None
+
+    def effect_of(self, route: Route, site: int) -> Effect:
+        """Return what a route does on a layer."""
+        found: Effect | None = route.effects.get(site)
+        if found is None:
+            found = route.effects[site] = Effect(route, site, self.sites)
+        return found
 
 
-def _check_floating(place: Place, parts: Iterable[Part], name: str) -> None:
-    weights = [part.weight for part in parts]
-    if weights not in ([], [1.0]) and not place.tensor.is_floating_point():
-        raise ComposeError(
-            f"a replaced tensor of {place.tensor.dtype} has no weighted sum",
-            where=name,
-            hint="use the adapter alone, with weight 1",
-        )
+@typing.no_type_check  # torch.compile reads it
+def _traced_hook(
+    hooks: Hooks,
+    number: int,
+    site: int,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    y: Tensor,
+) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
+    if hooks.is_more_than_added:
+        return _eager_hook(hooks, site, layer, x, y)
+    return torch.ops.lora_hub.add(x, y, number, site)
 
 
-def _not_finite(where: str) -> ComposeError:
-    return ComposeError(
-        "the adapters and their weights make numbers that are not finite in the dtype "
-        "which is computed in",
-        where=where,
-        hint="give smaller weights; `lorahub validate` finds NaN in adapters",
-    )
+@uncompiled
+def _eager_hook(hooks: Hooks, site: int, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    step = hooks.step()
+    effect = hooks.effect_of(step.route, site)
+    if effect.is_nothing:
+        return y
+    found = effect(step, layer, x, y, is_fresh=False)
+    return y if found is None else found
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  (has no public name)
+
+
+def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return rows, or rows and tokens, of what the model is given; () where unknown."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            # Numbers of tokens have two axes, what stands for tokens a third one.
+            axes = 3 if value.is_floating_point() else 2
+            return tuple(value.shape[: 2 if value.dim() == axes else 1])
+    return ()

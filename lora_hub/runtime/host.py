@@ -5,69 +5,47 @@
     host.use({"style/shakespeare": 0.7})   # acts from the next call of the model on
     host.detach()                          # the model is the object it was
 
-Parameters are never written to: the effect of what is used rides on forward hooks, which
-exist only while an adapter is used (`hooks.py`). Most add to what a layer gives
-(`effect.py`); what replaces a tensor, and what changes experts, stands in for it while its
-module runs (`swap.py`). Where adapters come from is told by `find`; whether they belong to
-the model by `report.py` and `prepare.py`.
+Parameters are never written to, but by `merge`: the effect of what is used rides on forward
+hooks (`hooks.py`). Most add to what a layer gives (`effect.py`); what replaces a tensor,
+and what changes experts, runs on twins of modules (`twins.py`). How adapters come is told
+by `loading.py`, and where they stay by `bank.py`.
 
-A host is for one thread at a time, and one host for a model. A deep copy of a model keeps
-what acted when it was copied, and no host takes that off it.
+`use` is for every thread; `using` and `rows` act in the thread that opens the block, where
+the innermost wins. A forward keeps what acted when it began. One host is for one model; a
+deep copy of the model follows the same host.
 """
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from lora_hub.adapter.adapter import Adapter
-from lora_hub.adapter.load import load
-from lora_hub.errors import FitError, InputError, NotFoundError
-from lora_hub.formats.source import AdapterSource
-from lora_hub.manifest.document import Base, Policy
-from lora_hub.runtime.base_view import Known, ModelBase
-from lora_hub.runtime.hooks import Acting, Acts
-from lora_hub.runtime.prepare import Prepared, prepare
-from lora_hub.runtime.report import LoadReport, fit_of, unidentified
-from lora_hub.runtime.same_adapter import is_same
+from lora_hub.errors import ComposeError, FitError, InputError, NotFoundError
+from lora_hub.manifest.document import Policy
+from lora_hub.runtime.bank import Bank, Lease
+from lora_hub.runtime.budget import Memory
+from lora_hub.runtime.changed import Acting
+from lora_hub.runtime.hooks import Hooks
+from lora_hub.runtime.in_force import InForce, Used, Weights, What, weights_of
+from lora_hub.runtime.in_place import InPlace
+from lora_hub.runtime.layers import reserved_layers
+from lora_hub.runtime.loading import Find, Loaded, Loader
+from lora_hub.runtime.merged import Keep, Merged, merge
+from lora_hub.runtime.report import LoadReport
+from lora_hub.runtime.resident import Resident
+from lora_hub.runtime.route import Route, Set, by_rows, for_all
+from lora_hub.runtime.sites import Sites
+from lora_hub.runtime.slab import reside
+from lora_hub.runtime.survived import MergedReport
+from lora_hub.runtime.twins import Twins
 
-Weights = Mapping[str, float]
-
-
-class Found(Protocol):
-    """What `find` says a reference or a folder is.
-
-    `name`, `version`, `digest` and `base` are None for a folder without a manifest; `notes`
-    are what a person should hear, e.g. that a version was yanked.
-    """
-
-    @property
-    def source(self) -> AdapterSource: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def version(self) -> str | None: ...
-    @property
-    def digest(self) -> str | None: ...
-    @property
-    def base(self) -> Base | None: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    adapter: Adapter
-    prepared: Prepared
-    report: LoadReport
+Sets = tuple[dict[str, float], ...]
 
 
 class Host:
@@ -77,26 +55,49 @@ class Host:
         model: any `torch.nn.Module`; targets are paths of its modules.
         find: turns a reference or a folder into an adapter whose bytes are verified.
             Without it only adapters in memory can be loaded.
+        budget: the most bytes that adapters may take beside the model, None for no limit.
+        host_budget: the most bytes of copies in the host's memory, for a model that is
+            not on the CPU; as many as `budget` by default.
+        reserve: layers that get their hook at once and keep it, so that a model compiled
+            afterwards is not compiled again whatever is used: "all-linear", or names of
+            layers or the ends of their paths.
     """
 
     def __init__(
-        self, model: nn.Module, find: Callable[[str | Path], Found] | None = None
+        self,
+        model: nn.Module,
+        find: Find | None = None,
+        *,
+        budget: int | None = None,
+        host_budget: int | None = None,
+        reserve: str | Sequence[str] = (),
     ) -> None:
         self._model: nn.Module | None = model
-        self._find = find
-        self._loaded: dict[str, _Loaded] = {}
-        self._used: dict[str, float] = {}
-        self._outer: list[dict[str, float]] = []  # what open `using` blocks will restore
-        self._acts: Acts | None = None
-        self._digests: Known = {}
+        self._loaded: dict[str, Loaded] = {}
+        self._by_key: dict[str, dict[str, Loaded]] = {}  # key of the bank → name → loaded
+        self._in_force = InForce()
+        self._merged: tuple[Merged, Used] | None = None
+        self._lock = threading.RLock()
+        self._sites = Sites(model)
+        self._bank = Bank(self._sites, budget=budget, host_budget=host_budget)
+        self._loader = Loader(model, find, self._bank)
+        self._in_place = InPlace(model)
+        self._hooks = Hooks(model, self._sites, lambda: self._in_force.now.route)
+        self._twins = Twins(model, self._sites, self._hooks.step)
+        reserved = reserved_layers(model, reserve)
+        self._is_reserved = bool(reserved)
+        if reserved:
+            self._hooks.put_on([self._sites.number(layer) for layer in reserved])
+            _forget_compiled()
 
     def __repr__(self) -> str:
         if self._model is None:
             return "Host(detached)"
         loaded = ", ".join(self._loaded) or "none"
-        used = ", ".join(f"{name}={weight:g}" for name, weight in self._used.items())
+        used = ", ".join(f"{name}={weight:g}" for name, weight in self.used.items())
         model = type(self._model).__name__
-        return f"Host({model}, loaded: {loaded}, used: {used or 'none'})"
+        merged = ", merged" if self._merged else ""
+        return f"Host({model}, loaded: {loaded}, used: {used or 'none'}{merged})"
 
     @property
     def adapters(self) -> Mapping[str, LoadReport]:
@@ -105,8 +106,16 @@ class Host:
 
     @property
     def used(self) -> Weights:
-        """Name → weight of the adapters that act now; empty where the base acts alone."""
-        return MappingProxyType(dict(self._used))
+        """Name → weight of what acts now in this thread; empty where the base acts alone.
+
+        Inside of `rows` the weight is NaN where it is not the same on all of its rows.
+        """
+        return MappingProxyType(self._in_force.now.weights)
+
+    @property
+    def memory(self) -> Memory:
+        """What the loaded adapters take, and where they are; `str` of it is a sentence."""
+        return self._bank.memory
 
     def load(
         self,
@@ -119,7 +128,7 @@ class Host:
 
         Nothing acts before `use`. All targets are found in the model, or the adapter is
         refused. Loading the same adapter under the same name again checks it again and
-        changes nothing.
+        changes nothing. The same package under two names takes memory once.
 
         Args:
             what: a reference, a folder, or an adapter in memory.
@@ -129,35 +138,75 @@ class Host:
         Raises:
             FitError: the adapter was made for another base, or a target is not there.
             InconclusiveError: the base is to be compared and the adapter does not name it.
-            InputError: it has no name and none is given, or the name is taken by another
-                adapter.
+            InputError: it has no name and none is given, the name is taken by another
+                adapter, it is larger than the budget, or adapters are merged.
+            ComposeError: it has numbers that are not finite.
             LoraHubError: `find` did not find it or does not trust it.
         """
-        model = self._attached()
-        adapter, notes = self._adapter(what)
-        name = _name(as_ or adapter.name, what)
-        fit = fit_of(adapter, ModelBase(model, self._digests), policy, name)
-        loaded = self._loaded.get(name)
-        again = loaded is not None and is_same(loaded.adapter, adapter)
-        if not again:
-            self._check_free(name)
-        prepared = prepare(model, adapter, where=name)
-        report = LoadReport(
-            name=name,
-            version=adapter.version,
-            digest=adapter.digest,
-            targets=len(adapter.updates) + len(adapter.replaced),
-            fit=fit,
-            notes=(*notes, *prepared.notes, *unidentified(adapter)),
+        self._unmerged()
+        given = self._loader.found(what, as_)
+        name = given.name
+        with self._lock:
+            known = self._loaded.get(name)
+            if known is not None and not known.is_same(given.adapter):
+                raise InputError(
+                    "another adapter is loaded under this name",
+                    where=name,
+                    hint=f"host.unload({name!r}) first, or give this one a name with "
+                    f"as_=...; host.swap({name!r}, ...) puts it in the other's place",
+                )
+        made = self._loader.loaded(
+            given, policy, self._loaded_already(given.adapter, known)
         )
-        if loaded is not None and again:
-            self._loaded[name] = replace(loaded, report=report)
-        else:
-            self._loaded[name] = _Loaded(adapter, prepared, report)
-        return report
+        self._take_in(name, made, known)
+        return made.report
 
-    def use(self, what: str | Weights | None) -> None:
+    def swap(
+        self,
+        name: str,
+        what: str | Path | Adapter,
+        *,
+        expected: str | None = None,
+        policy: Policy | None = None,
+    ) -> LoadReport:
+        """Put another adapter in the place of a loaded one, under its name.
+
+        The new one is made ready first and then takes the name in one step: wherever the
+        name is used, it acts from the next call of the model on, whatever its ranks and
+        targets. Calls that run keep the old one until they end. If anything fails,
+        everything is as it was. For a moment both are resident.
+
+        Args:
+            name: of the adapter to be replaced.
+            what: a reference, a folder, or an adapter in memory.
+            expected: digest the adapter in place must have.
+            policy: how strictly the base is compared; as the manifest says by default.
+
+        Raises:
+            NotFoundError: the name is not loaded.
+            InputError: the adapter in place is not the one expected, or was exchanged by
+                another thread meanwhile; or adapters are merged.
+            ComposeError: a weight in use makes a number the dtype cannot hold.
+            LoraHubError: as `load`.
+        """
+        self._unmerged()
+        old = self._get(name)
+        if expected is not None and old.report.digest != expected:
+            raise InputError(
+                f"the adapter in place is {old.report.digest or 'one without a digest'}, "
+                f"expected {expected}",
+                where=name,
+                hint="another swap came first; look at host.adapters and decide again",
+            )
+        given = self._loader.found(what, name)
+        made = self._loader.loaded(given, policy, self._loaded_already(given.adapter))
+        self._take_in(name, made, old)
+        return made.report
+
+    def use(self, what: What) -> None:
         """Let these adapters act from the next call of the model on, and no others.
+
+        In every thread, but where a `using` or `rows` block is open.
 
         Args:
             what: a name (weight 1.0), names with their weights, or None for the base alone.
@@ -166,66 +215,355 @@ class Host:
         Raises:
             NotFoundError: a name is not loaded; what was used before stays used.
             InputError: a weight is no finite number, or makes one that the dtype which is
-                computed in cannot hold.
+                computed in cannot hold; the adapters do not fit into the budget together;
+                adapters are merged; or a block is open in this thread, in which this
+                would do nothing.
             FitError: a layer of the model was replaced since the adapter was loaded.
         """
-        model = self._attached()
-        weights = self._weights(what)
-        acts = self._act(model, weights)  # first, so that a failure changes nothing
-        if acts is not None or self._acts is not None:
-            _forget_compiled()
-        self._take_off()
-        if acts is not None:
-            acts.put_on(model)
-        self._acts = acts
-        self._used = weights
+        self._unmerged()
+        if self._in_force.is_in_block:
+            raise InputError(
+                "a block of `using` or `rows` is open in this thread, and what it asks for "
+                "acts until it ends",
+                hint="leave the block first, or open another one inside of it",
+            )
+        with self._lock:
+            new = self._used((weights_of(what),), None)
+            old, self._in_force.all = self._in_force.all, new
+            old.release()
+            self._let_go()
 
     @contextmanager
-    def using(self, what: str | Weights | None) -> Iterator[None]:
-        """Use these adapters inside a `with` block, then again what was used before.
+    def using(self, what: What) -> Iterator[None]:
+        """Use these adapters inside a `with` block, in this thread, then what was before.
+
+        Hooks that the block needed stay on the model, for the next one, and do nothing;
+        `use(None)` takes them off.
 
         Raises:
             NotFoundError, InputError, FitError: as `use`.
         """
-        before = self._used
-        self.use(what)
-        self._outer.append(before)
-        try:
+        with self._block((weights_of(what),), None):
             yield
-        finally:
-            self._outer.pop()
-            if self._model is not None:  # a block may detach
-                self.use(before)
+
+    @contextmanager
+    def rows(self, entries: Sequence[What], each: int = 1) -> Iterator[None]:
+        """Let each row of a batch use adapters of its own inside a `with` block.
+
+        The model is then called with as many rows, in the same order. Rows without an
+        adapter are the base's, bit for bit.
+
+        Args:
+            entries: for each row what `use` takes: a name, names with weights, or None.
+            each: how many consecutive rows of the batch one entry stands for: `num_beams`
+                or `num_return_sequences` of `generate`.
+
+        Raises:
+            NotFoundError, InputError, FitError: as `use`. A forward inside the block
+                raises InputError where it is given other rows.
+        """
+        if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
+            raise InputError(
+                f"the rows are given as a {type(entries).__name__}, expected a list with "
+                "one entry a row",
+                hint="host.using(...) is for all rows",
+            )
+        with self._block(tuple(weights_of(what) for what in entries), each):
+            yield
+
+    def merge(
+        self,
+        what: What = None,
+        *,
+        keep: Keep = "memory",
+        untie: bool = False,
+        verify: bool = False,
+    ) -> MergedReport:
+        """Write adapters into the model's weights, so that they cost nothing to use.
+
+        Until `unmerge`, what acts is fixed and nothing can be loaded or swapped. What has
+        no place in weights, such as a bias of a layer that has none, acts on outputs.
+
+        Args:
+            what: as in `use`; by default what is used now.
+            keep: "memory" or the folder of the checkpoint, see `merged.py`.
+            untie: see `merged.py`.
+            verify: see `merged.py`.
+
+        Raises:
+            InputError: adapters are merged already, nothing is used, or a forward runs or
+                a block is open.
+            LoraHubError: see `merged.py`; the weights then have the bits they had.
+        """
+        model = self._unmerged()
+        with self._lock:
+            sets = self._in_force.all.sets if what is None else (weights_of(what),)
+            weights = sets[0] if sets else {}
+            if not any(weights.values()):
+                raise InputError(
+                    "nothing is used that could be merged", hint="host.use(...)"
+                )
+            if self._in_force.open or self._hooks.is_running:
+                raise InputError(
+                    "the model runs, or a block of `using` or `rows` is open",
+                    hint="merge between two calls of the model",
+                )
+            acting = [self._acting(name, w) for name, w in weights.items() if w]
+            merged = merge(model, acting, keep=keep, untie=untie, verify=verify)
+            try:
+                new = self._left(merged.left, weights)
+            except BaseException:
+                merged.unmerge()
+                raise
+            old, self._in_force.all = self._in_force.all, new
+            self._merged = merged, old
+            self._let_go()
+        return merged.report
+
+    def unmerge(self, *, overwrite: bool = False) -> None:
+        """Give every weight the bits it had before `merge`; what was used acts again.
+
+        Where nothing is merged, nothing happens.
+
+        Raises:
+            InputError, IntegrityError: see `merged.py`; nothing is written.
+        """
+        self._attached()
+        with self._lock:
+            if self._merged is None:
+                return
+            merged, old = self._merged
+            merged.unmerge(overwrite=overwrite)
+            self._merged = None
+            self._put_on(old.route)
+            self._in_force.all = old
+            self._let_go()
 
     def unload(self, name: str) -> None:
         """Let an adapter go.
 
         Raises:
             NotFoundError: the name is not loaded.
-            InputError: the adapter is used now, or a `using` block will use it again.
+            InputError: the adapter is used now, by whatever thread, or will be used again
+                when a block ends or when merged weights are restored.
         """
         self._attached()
-        self._get(name)
-        if any(name in used for used in (self._used, *self._outer)):
-            raise InputError(
-                "the adapter is in use and cannot be unloaded",
-                where=name,
-                hint="host.use(None) first, outside of `with host.using(...)`",
-            )
-        del self._loaded[name]
+        with self._lock:
+            loaded = self._get(name)
+            held = (*self._in_force.everything, *(self._merged or ())[1:])
+            if any(name in used.names for used in held if isinstance(used, Used)):
+                raise InputError(
+                    "the adapter is in use and cannot be unloaded",
+                    where=name,
+                    hint="host.use(None) first, outside of `with host.using(...)`",
+                )
+            self._name(name, None)
+            self._drop(loaded.key)
 
     def detach(self) -> None:
         """Take the host off: no hook is left and the model is the object it was.
 
-        The host lets all adapters go and cannot be used again. Detaching twice is fine.
+        What is merged is unmerged first. The host lets all adapters go and cannot be used
+        again. Detaching twice is fine.
         """
-        if self._acts is not None:
+        if self._model is None:
+            return
+        self.unmerge()
+        with self._lock:
+            for each in self._in_force.everything:
+                each.sets, each.route = (), Route()
+                each.release()
+            self._hooks.when_idle(self._take_off)
+            keys = {each.key for each in self._loaded.values()}
+            self._loaded.clear()
+            self._by_key.clear()
+            for key in keys:
+                self._bank.drop(key)
+            self._model = None
+
+    @contextmanager
+    def _block(self, sets: Sets, each: int | None) -> Iterator[None]:
+        self._unmerged()
+        with self._lock:
+            used = self._used(sets, each)
+            self._in_force.begin(used)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_force.end(used)
+                used.release()
+
+    def _used(self, sets: Sets, each: int | None) -> Used:
+        """Return what is asked for, leased and with all in place that it needs to act.
+
+        On any error what is in force stays as it is.
+        """
+        loaded = {name: self._get(name) for one in sets for name in one}
+        acts = {name for one in sets for name, weight in one.items() if weight}
+        self._check_in_place(loaded, acts)
+        keys = [loaded[name].key for name in loaded if name in acts]
+        lease = self._bank.lease(keys)
+        try:
+            return Used(sets, each, self._route(sets, each, lease), lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    def _route(self, sets: Sets, each: int | None, lease: Lease) -> Route:
+        acting = [self._set(one, lease) for one in sets]
+        route = (
+            for_all(acting[0] if acting else ()) if each is None else by_rows(acting, each)
+        )
+        self._put_on(route)
+        return route
+
+    def _set(self, weights: Weights, lease: Lease) -> Set:
+        """Return what acts together; an adapter of two names once."""
+        acting: dict[Resident, float] = {}
+        for name, weight in weights.items():
+            if not weight:
+                continue  # the base alone, bit for bit
+            resident = lease.residents[self._get(name).key]
+            if abs(weight) > resident.heaviest:
+                raise ComposeError(
+                    f"with the weight {weight:g} the adapter has numbers that are not "
+                    "finite in the dtype which is computed in",
+                    where=name,
+                    hint=f"its weight may be up to {resident.heaviest:.3g}",
+                )
+            acting[resident] = acting.get(resident, 0.0) + weight
+        return tuple((resident, weight) for resident, weight in acting.items() if weight)
+
+    def _put_on(self, route: Route) -> None:
+        """Have all in place that the route needs to act."""
+        self._hooks.forget_broken_off()
+        if not route.entries:
+            return
+        self._hooks.when_idle(None)
+        if not route.adds_only:
+            for segment in route.segments:
+                self._twins.put_on(segment.set)
+                route.dropped[segment.set] = self._twins.dropped(segment.set)
+        is_more = not route.adds_only or self._hooks.is_more_than_added
+        self._hooks.is_more_than_added |= not route.adds_only
+        if self._hooks.put_on(route.sites) or is_more:
             _forget_compiled()
-        self._take_off()
-        self._used = {}
-        self._loaded.clear()
-        self._digests.clear()
-        self._model = None
+
+    def _let_go(self) -> None:
+        """Take off what nothing in force needs, once the forwards that need it are over."""
+        self._hooks.forget_broken_off()
+        everything = self._in_force.everything
+        is_bare = not self._in_force.open and not self._in_force.all.route.entries
+        # Hooks that compiled code has seen stay, so that nothing is compiled again.
+        if is_bare and not self._hooks.is_traced and not self._is_reserved:
+            self._hooks.when_idle(self._take_off)
+        elif all(each.route.adds_only for each in everything):
+            self._hooks.when_idle(self._take_off_twins)
+
+    def _take_off(self) -> None:
+        if self._hooks.is_traced:
+            _forget_compiled()
+        self._hooks.take_off()
+        self._take_off_twins()
+
+    def _take_off_twins(self) -> None:
+        if self._hooks.is_more_than_added:
+            _forget_compiled()
+        self._hooks.is_more_than_added = False
+        self._twins.take_off()
+
+    def _take_in(self, name: str, made: Loaded, old: Loaded | None) -> None:
+        """Give the name to what was loaded, wherever it is used."""
+        try:
+            with self._lock:
+                if self._loaded.get(name) is not old or made.key not in self._bank:
+                    raise InputError(
+                        "another thread loaded, exchanged or unloaded an adapter of this "
+                        "name meanwhile",
+                        where=name,
+                        hint="look at host.adapters and decide again",
+                    )
+                self._name(name, made)
+                try:
+                    self._in_place.watch(made.modules)
+                    if old is not None and old.key != made.key:
+                        self._use_again(name)
+                except BaseException:
+                    self._name(name, old)
+                    raise
+        except BaseException:
+            self._drop(made.key)
+            raise
+        if old is not None:
+            self._drop(old.key)
+
+    def _use_again(self, name: str) -> None:
+        concerned = [each for each in self._in_force.everything if name in each.names]
+        new: list[Used] = []
+        try:
+            new += (self._used(each.sets, each.each) for each in concerned)
+        except BaseException:
+            for used in new:
+                used.release()
+            raise
+        for each, used in zip(concerned, new, strict=True):
+            each.release()
+            each.route, each.lease = used.route, used.lease
+
+    def _name(self, name: str, loaded: Loaded | None) -> None:
+        """Let a name mean this adapter, or none any more."""
+        before = self._loaded.pop(name, None)
+        if before is not None:
+            self._by_key[before.key].pop(name, None)
+        if loaded is not None:
+            self._loaded[name] = loaded
+            self._by_key.setdefault(loaded.key, {})[name] = loaded
+
+    def _loaded_already(
+        self, adapter: Adapter, known: Loaded | None = None
+    ) -> Loaded | None:
+        """Return the same adapter, of whatever name, where it is loaded.
+
+        Raises:
+            FitError: a layer it acts on was replaced since.
+        """
+        with self._lock:
+            if known is None and adapter.digest is not None:
+                same = self._by_key.get(adapter.digest)
+                known = next(iter(same.values())) if same else None
+            gone = self._in_place.gone()
+        if known is not None and not gone.isdisjoint(known.modules):
+            name = known.report.name
+            raise FitError(
+                "the adapter is loaded, and a layer it acts on was replaced since",
+                where=name,
+                hint=f"host.unload({name!r}) first",
+            )
+        return known
+
+    def _drop(self, key: str) -> None:
+        """Let the bank forget an adapter that no name means any more."""
+        with self._lock:
+            if key in self._bank and not self._by_key.get(key):
+                self._by_key.pop(key, None)
+                self._bank.drop(key)
+
+    def _acting(self, name: str, weight: float) -> Acting:
+        key = self._get(name).key
+        with self._bank.lease([key]) as lease:
+            tokens = lease.residents[key].tokens
+        return Acting(name, self._bank.again(key), weight, tokens)
+
+    def _left(self, left: Sequence[Acting], weights: dict[str, float]) -> Used:
+        """Return what goes on to act on outputs while the rest is in the weights."""
+        acting = tuple(
+            (reside(each.prepared, self._sites, name=each.name, key=""), each.weight)
+            for each in left
+        )
+        route = for_all(acting)
+        self._put_on(route)
+        return Used((weights,), None, route)
 
     def _attached(self) -> nn.Module:
         if self._model is None:
@@ -234,35 +572,17 @@ class Host:
             )
         return self._model
 
-    def _adapter(self, what: str | Path | Adapter) -> tuple[Adapter, tuple[str, ...]]:
-        if isinstance(what, Adapter):
-            return what, ()
-        if self._find is None:
+    def _unmerged(self) -> nn.Module:
+        model = self._attached()
+        if self._merged is not None:
             raise InputError(
-                "this host was not told where adapters are found",
-                where=str(what),
-                hint="attach with lora_hub.attach(model, registry=...), or load an adapter "
-                "in memory",
+                "adapters are merged into the weights, and what acts is fixed until they "
+                "are restored",
+                hint="host.unmerge() first",
             )
-        found = self._find(what)
-        adapter = load(
-            found.source,
-            name=found.name,
-            version=found.version,
-            digest=found.digest,
-            base=found.base,
-        )
-        return adapter, found.notes
+        return model
 
-    def _check_free(self, name: str) -> None:
-        if name in self._loaded:
-            raise InputError(
-                "another adapter is loaded under this name",
-                where=name,
-                hint=f"host.unload({name!r}) first, or give this one a name with as_=...",
-            )
-
-    def _get(self, name: str) -> _Loaded:
+    def _get(self, name: str) -> Loaded:
         try:
             return self._loaded[name]
         except KeyError:
@@ -274,67 +594,21 @@ class Host:
                 else "nothing is loaded; host.load(...) first",
             ) from None
 
-    def _weights(self, what: str | Weights | None) -> dict[str, float]:
-        if what is None:
-            return {}
-        weights = {what: 1.0} if isinstance(what, str) else dict(what)
-        for name, weight in weights.items():
-            self._get(name)
-            if not _is_finite(weight):
-                raise InputError(
-                    f"the weight is {weight!r}, expected a finite number", where=name
-                )
-        return {name: float(weight) for name, weight in weights.items()}
-
-    def _act(self, model: nn.Module, weights: Weights) -> Acts | None:
-        """Return the hooks of what is to be used, None where that is the base alone."""
-        acting = []
-        for name, weight in weights.items():
-            if weight == 0:
-                continue  # the base alone, bit for bit
-            loaded = self._loaded[name]
-            _check_in_place(model, loaded.prepared, name)
-            tokens = loaded.adapter.alora_tokens
-            acting.append(Acting(name, loaded.prepared, weight, tokens))
-        return Acts(acting) if acting else None
-
-    def _take_off(self) -> None:
-        if self._acts is not None:
-            self._acts.take_off()
-        self._acts = None
-
-
-def _check_in_place(model: nn.Module, prepared: Prepared, name: str) -> None:
-    """Refuse layers that the model does not call any more: a hook would do nothing."""
-    called = set(model.modules())
-    places = {target: aimed.place for target, aimed in prepared.updates.items()}
-    places |= {tensor: place for tensor, (place, _) in prepared.replaced.items()}
-    for target, place in places.items():
-        if place.module not in called:
-            raise FitError(
-                f"the layer {target} was replaced after the adapter was loaded",
-                where=name,
-                hint=f"host.unload({name!r}) and load it again",
-            )
+    def _check_in_place(self, loaded: Mapping[str, Loaded], acts: set[str]) -> None:
+        """Refuse layers that the model does not call any more: a hook would do nothing."""
+        gone = self._in_place.gone()
+        for name in acts if gone else ():
+            for module in loaded[name].modules:
+                if module in gone:
+                    raise FitError(
+                        f"the layer {self._in_place.path(module)} was replaced after the "
+                        "adapter was loaded",
+                        where=name,
+                        hint=f"host.unload({name!r}) and load it again",
+                    )
 
 
 def _forget_compiled() -> None:
     """Let torch compile anew what it compiled: compiled code does not see other hooks."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _is_finite(weight: object) -> bool:
-    if not isinstance(weight, Real) or isinstance(weight, bool):
-        return False
-    return math.isfinite(weight)
-
-
-def _name(name: str | None, what: str | Path | Adapter) -> str:
-    if name:
-        return name
-    raise InputError(
-        "the adapter has no name of its own",
-        where=None if isinstance(what, Adapter) else str(what),
-        hint='give it one: host.load(..., as_="mine")',
-    )

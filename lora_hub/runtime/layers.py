@@ -1,6 +1,6 @@
 """Which layer of a model each target of an adapter is: all are found, or none is used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,10 +10,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_hub.adapter.adapter import Adapter, Replaced
 from lora_hub.adapter.layout import to_matrix
 from lora_hub.adapter.update import Update
-from lora_hub.errors import FitError
+from lora_hub.errors import FitError, InputError
 from lora_hub.manifest.document import Layer
 from lora_hub.runtime.added import embed_scale, is_conv1d
 
+ALL_LINEAR = "all-linear"  # every linear layer, as PEFT calls it
 SHOWN = 3  # reasons named in one message; the error carries all of them
 
 
@@ -94,6 +95,45 @@ def shared_tensors(model: nn.Module) -> Mapping[int, tuple[tuple[str, Place], ..
                 full = f"{path}.{name}" if path else name
                 found.setdefault(id(tensor), []).append((full, place))
     return {key: tuple(places) for key, places in found.items() if len(places) > 1}
+
+
+def reserved_layers(model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
+    """Return the layers that are meant: all linear ones, or those of these names.
+
+    Args:
+        model: whose layers.
+        names: "all-linear", or paths of layers or ends of them, such as "q_proj".
+
+    Raises:
+        InputError: a name is that of no layer that can be adapted.
+    """
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if is_conv1d(module)
+        or (
+            isinstance(module, kinds)
+            and not isinstance(module, NonDynamicallyQuantizableLinear)
+        )
+    }
+    if names == ALL_LINEAR:
+        return [
+            each
+            for each in layers.values()
+            if isinstance(each, nn.Linear) or is_conv1d(each)
+        ]
+    found: list[nn.Module] = []
+    for name in (names,) if isinstance(names, str) else names:
+        own = [each for path, each in layers.items() if f".{path}".endswith(f".{name}")]
+        if not own:
+            raise InputError(
+                "the model has no layer of this name that can be adapted",
+                where=name,
+                hint=f"give paths of layers, their last names, or {ALL_LINEAR!r}",
+            )
+        found += own
+    return found
 
 
 def _place(modules: Mapping[str, nn.Module], target: str, update: Update) -> Place | str:

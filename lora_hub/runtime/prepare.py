@@ -1,25 +1,28 @@
 """An adapter made ready for one model: every place found, DoRA resolved, ties followed.
 
-What is decided here does not depend on which adapters act or with what weight; that is the
-matter of `hooks.py`.
+What is decided here does not depend on which adapters act or with what weight. What comes
+out still holds the adapter's own tensors; `slab.py` brings their numbers beside the layers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from jaxtyping import Float64, Shaped
+from torch import Tensor, nn
 
 from lora_hub.adapter.adapter import Adapter, Replaced
 from lora_hub.adapter.layout import to_matrix
-from lora_hub.adapter.resolve import resolved
+from lora_hub.adapter.resolve import norms_of, with_norms
 from lora_hub.adapter.update import Update
 from lora_hub.errors import FitError
-from lora_hub.runtime.effect import COMPUTES
-from lora_hub.runtime.layers import Place, places_of, shared_tensors
+from lora_hub.runtime.dtypes import COMPUTES
+from lora_hub.runtime.layers import Place, Places, places_of, shared_tensors
 
 # The id of a tensor in several places → those places, with their names.
 Shared = Mapping[int, tuple[tuple[str, Place], ...]]
+# Target of a DoRA → the norms of the rows of its weight with the update in it.
+Norms = Mapping[str, Float64[Tensor, " out"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +39,30 @@ class Prepared:
     """What an adapter does to one model.
 
     Attributes:
-        updates: target → update, resolved, its factors beside the layer.
+        updates: target → update, resolved, its factors on the device they were given on.
         replaced: name of a tensor → what takes its place, and there.
         notes: what a person should hear.
+        norms: what it took to resolve DoRA, on the CPU, so that it need not be asked of
+            the weights again.
     """
 
     updates: Mapping[str, Aimed]
     replaced: Mapping[str, tuple[Place, Replaced]]
     notes: tuple[str, ...] = ()
+    norms: Norms = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, adapter: Adapter, *, where: str) -> Prepared:
+def prepare(
+    model: nn.Module, adapter: Adapter, *, where: str, norms: Norms | None = None
+) -> Prepared:
     """Return the adapter ready for the model.
+
+    Args:
+        model: its weights are read where the adapter is a DoRA, and nowhere else.
+        adapter: what is to act.
+        where: what to call it in messages.
+        norms: of an earlier `prepare` of the same adapter; the weights, which may have
+            changed since, are then not read.
 
     Raises:
         FitError: as `places_of`; or an update needs a weight that cannot be computed with,
@@ -57,17 +72,18 @@ def prepare(model: nn.Module, adapter: Adapter, *, where: str) -> Prepared:
     replaced = {
         name: (place, adapter.replaced[name]) for name, place in places.tensors.items()
     }
+    known: dict[str, Tensor] = {}
     updates = {
-        target: _aimed(target, place, adapter.updates[target], replaced)
+        target: _aimed(target, place, adapter.updates[target], replaced, norms or {}, known)
         for target, place in places.targets.items()
     }
     _check_invocation(adapter, where)
-    shared = shared_tensors(model)
+    shared = _shared(model, places)
     notes = list(_about_convolutions(updates))
     notes += _tie_updates(shared, adapter, updates)
     notes += _tie_replaced(shared, adapter, replaced, _input_embedding(model))
     notes += _about_rows(replaced)
-    return Prepared(updates, replaced, tuple(notes))
+    return Prepared(updates, replaced, tuple(notes), known)
 
 
 def _aimed(
@@ -75,26 +91,41 @@ def _aimed(
     place: Place,
     update: Update,
     replaced: Mapping[str, tuple[Place, Replaced]],
+    norms: Norms,
+    known: dict[str, Tensor],
 ) -> Aimed:
+    """Return the update without a magnitude; what that took goes into `known`."""
     dtype = torch.promote_types(update.a.dtype, update.b.dtype)
-    tensor = place.tensor
-    if update.layer == "experts" and tensor.dtype not in COMPUTES:
+    if update.layer == "experts" and place.tensor.dtype not in COMPUTES:
         raise FitError(
-            f"the experts are held in {tensor.dtype}, to which no change can be added",
+            f"the experts are held in {place.tensor.dtype}, to which nothing can be added",
             where=target,
             hint="load the model in bfloat16 or float32",
         )
-    if update.magnitude is not None:
-        update = _resolved(target, place, update, replaced.get(f"{target}.weight"))
-    if tensor.is_meta:  # the layer's weight comes when it is called, so do factors
+    if update.magnitude is None:
         return Aimed(place, update, dtype)
-    a, b = update.a.to(tensor.device), update.b.to(tensor.device)
-    return Aimed(place, replace(update, a=a, b=b), dtype)
+    norm = norms.get(target)
+    if norm is None:
+        norm = _norms(target, place, update, replaced.get(f"{target}.weight"))
+    known[target] = norm
+    return Aimed(place, with_norms(update, norm, where=target), dtype)
 
 
-def _resolved(
+def _norms(
     target: str, place: Place, update: Update, given: tuple[Place, Replaced] | None
-) -> Update:
+) -> Float64[Tensor, " out"]:
+    matrix = _matrix(target, place, update, given)
+    # Where the weight is, which is larger, if float64 is to be had there.
+    device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+    scaling = update.scaling.to(device)
+    a, b = update.a.to(device), update.b.to(device)
+    return norms_of(replace(update, a=a, b=b, scaling=scaling), matrix.to(device))
+
+
+def _matrix(
+    target: str, place: Place, update: Update, given: tuple[Place, Replaced] | None
+) -> Shaped[Tensor, "out inp"]:
+    """Return the weight DoRA is measured against, with what its own adapter replaces."""
     weight = place.tensor
     if given is not None and given[1].rows is None:
         weight = given[1].tensor
@@ -115,20 +146,14 @@ def _resolved(
             where=target,
             hint="load the model in bfloat16 or float32",
         )
-    matrix = to_matrix(weight.detach(), update.layer, is_transposed=place.is_transposed).to(
-        update.b.device
-    )
+    matrix = to_matrix(weight.detach(), update.layer, is_transposed=place.is_transposed)
     if tuple(matrix.shape) != update.shape:  # e.g. four bits packed in a byte
         raise FitError(
             f"DoRA needs the weight, which is held in the shape {list(weight.shape)}",
             where=target,
             hint="load the model without quantisation",
         )
-    device = matrix.device
-    beside = replace(update, a=update.a.to(device), b=update.b.to(device))
-    known = resolved(beside, matrix, where=target)
-    wide = torch.promote_types(update.b.dtype, torch.float32)
-    return replace(known, b=known.b.to(wide))
+    return matrix
 
 
 def _check_invocation(adapter: Adapter, where: str) -> None:
@@ -143,6 +168,18 @@ def _check_invocation(adapter: Adapter, where: str) -> None:
             f"layers alone; {other[0]} is of kind {adapter.updates[other[0]].layer}",
             where=where,
         )
+
+
+def _shared(model: nn.Module, places: Places) -> Shared:
+    """Return `shared_tensors`, unless none of these places is one of several."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):  # noqa: SLF001
+            for tensor in held.values():
+                (twice if id(tensor) in seen else seen).add(id(tensor))
+    every = (*places.targets.values(), *places.tensors.values())
+    return shared_tensors(model) if any(id(p.tensor) in twice for p in every) else {}
 
 
 def _tie_updates(

@@ -1,5 +1,6 @@
 """What loading an adapter comes to: how its base was compared, and how that is said."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_hub.adapter.adapter import Adapter
@@ -51,18 +52,19 @@ def _said(fit: Fit | None) -> str:
 
 
 def fit_of(
-    adapter: Adapter, view: ModelBase, policy: Policy | None, name: str
+    adapter: Adapter, view: Callable[[], ModelBase], policy: Policy | None, name: str
 ) -> Fit | None:
     """Return how the adapter's recorded base was found to be the model.
 
-    None where the adapter records none. `name` is what to call the adapter in messages.
+    None where the adapter records none: then `view` is not asked what the model is. `name`
+    is what to call the adapter in messages.
 
     Raises:
         FitError: the model is another base.
         InconclusiveError: the policy asks about the weights of a base nobody recorded.
     """
     if adapter.base is not None:
-        return check_fit(adapter.base, view, policy=policy)
+        return check_fit(adapter.base, view(), policy=policy)
     if policy in {"targets", "exact"}:
         raise InconclusiveError(
             f"the adapter does not say which base it was made for, so policy {policy!r} "

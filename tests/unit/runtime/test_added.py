@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.update import Update
-from lora_hub.runtime.effect import Effect
+from lora_hub.runtime.host import Host
 
 IN, OUT, RANK = 4, 6, 2
 
 
 def attached(module, update, x):
-    hook = module.register_forward_hook(Effect([(update, 1.0)], module), with_kwargs=True)
-    try:
-        return module(x)
-    finally:
-        hook.remove()
+    model = nn.Sequential(module)
+    host = Host(model)
+    host.load(Adapter({"0": update}), as_="mine")
+    with host.using("mine"):
+        return model(x)
 
 
 @pytest.mark.parametrize(

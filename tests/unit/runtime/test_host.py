@@ -1,7 +1,7 @@
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,13 @@ from lora_hub.adapter.adapter import Adapter
 from lora_hub.adapter.load import load
 from lora_hub.base.folder import FolderBase, describe
 from lora_hub.composing.compose import compose
-from lora_hub.errors import FitError, InconclusiveError, InputError, NotFoundError
+from lora_hub.errors import (
+    ComposeError,
+    FitError,
+    InconclusiveError,
+    InputError,
+    NotFoundError,
+)
 from lora_hub.formats.detect import open_adapter
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base
@@ -30,6 +36,7 @@ class Found:
     digest: str | None = None
     base: Base | None = None
     notes: tuple[str, ...] = ()
+    again: None = None
 
 
 @pytest.fixture(scope="module")
@@ -418,3 +425,89 @@ def test_the_same_bits_without_a_digest_are_the_same_adapter(model, sources):
 
     with pytest.raises(InputError, match="another adapter"):
         host.load(load(sources["two"]), as_="mine")
+
+
+def test_swap_exchanges_the_adapter_wherever_its_name_is_used(host, model, sources):
+    host.load("one")
+    host.load("two", as_="tiny/one2")
+    host.use({"tiny/one": 0.5, "tiny/one2": -1.0})
+
+    report = host.swap("tiny/one", "two")
+
+    assert report.digest == DIGESTS["two"]
+    assert host.adapters["tiny/one"] == report
+    check(logits(model), with_deltas([(sources["two"], -0.5)]))
+    host.swap("tiny/one", "one")
+    terms = [(sources["one"], 0.5), (sources["two"], -1.0)]
+    check(logits(model), with_deltas(terms))
+
+
+def test_a_swap_that_expects_another_digest_changes_nothing(host):
+    host.load("one")
+
+    with pytest.raises(InputError, match=f"in place is {DIGESTS['one']}, expected"):
+        host.swap("tiny/one", "two", expected=DIGESTS["two"])
+
+    assert host.adapters["tiny/one"].digest == DIGESTS["one"]
+
+
+def test_a_swap_that_fails_leaves_the_old_adapter_in_force(host, model, sources):
+    host.load("one")
+    host.use({"tiny/one": 2.0})
+    before = logits(model)
+    adapter = load(sources["one"])
+    target, update = next(iter(adapter.updates.items()))
+    huge = replace(update, b=update.b * 0 + 3e38)
+
+    with pytest.raises(ComposeError, match="not finite"):
+        host.swap(
+            "tiny/one", Adapter({target: replace(huge, scaling=huge.scaling * 0 + 1)})
+        )
+
+    assert host.adapters["tiny/one"].digest == DIGESTS["one"]
+    assert torch.equal(logits(model), before)
+
+
+def test_use_inside_of_a_block_is_refused(host):
+    host.load("one")
+
+    with host.using(None), pytest.raises(InputError, match="a block of `using`"):
+        host.use("tiny/one")
+
+
+def test_merged_adapters_cost_nothing_until_they_are_unmerged(host, model, sources):
+    host.load("one")
+    host.load("two")
+    host.use({"tiny/one": 0.5})
+    used = logits(model)
+
+    host.merge()
+
+    check(logits(model), with_deltas([(sources["one"], 0.5)]))
+    assert not any(module._forward_hooks for module in model.modules())
+    for act in (
+        lambda: host.use(None),
+        lambda: host.load("one"),
+        lambda: host.swap("tiny/one", "two"),
+        lambda: host.merge("tiny/two"),
+    ):
+        with pytest.raises(InputError, match="merged into the weights"):
+            act()
+    with pytest.raises(InputError, match="in use"):
+        host.unload("tiny/one")
+    host.unmerge()
+    assert torch.equal(logits(model), used)
+    host.use(None)
+    assert torch.equal(logits(model), logits(tiny_model()))
+
+
+def test_reserved_layers_keep_their_hook(model):
+    host = Host(model, reserve=["q_proj"])
+
+    host.use(None)
+
+    assert sum(bool(module._forward_hooks) for module in model.modules()) == 3
+    host.detach()
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(InputError, match="no layer of this name"):
+        Host(model, reserve=["nothing"])
