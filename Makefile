@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BASE := build/base/model.safetensors
 
-.PHONY: demo test base check lint types layers slow benchmarks clean
+.PHONY: demo test base check lint types layers slow quantised benchmarks clean
 
 demo: $(BASE)
 	$(BIN)/python examples/demo.py
@@ -15,7 +15,7 @@ test: $(BASE)
 
 base: $(BASE)
 
-check: lint types layers slow
+check: lint types layers slow quantised
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -30,10 +30,23 @@ layers: .venv/installed
 slow: $(BASE)
 	$(BIN)/python -m pytest -m "slow or gpu"
 
+# Beside the environment and not in it: with torchao installed, every import of transformers
+# takes a second more.
+quantised: build/quantised/installed
+	PYTHONPATH=build/quantised $(BIN)/python -m pytest tests/unit/runtime/test_quantised.py
+
+build/quantised/installed: constraints.txt | .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade \
+		--target build/quantised torchao bitsandbytes
+	@touch $@
+
 benchmarks: $(BASE)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merge_memory.py
 	$(BIN)/python benchmarks/validate.py
+	$(BIN)/python benchmarks/attach.py
+	$(BIN)/python benchmarks/runtime.py
+	$(BIN)/python benchmarks/merge_in_place.py
 
 $(BASE): examples/get_base.py | .venv/installed
 	$(BIN)/python examples/get_base.py build/base

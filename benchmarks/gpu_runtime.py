@@ -5,7 +5,8 @@
 A random base of Llama-3-8B's shape in bfloat16, or of Llama-3.2-1B's where less than 64 GiB
 are free; adapters of rank 8 to 64 on all linear layers but the head. What is compared is
 measured in turn in one process on one set of weights; a ratio is of medians. The products
-of the kernels are measured by replaying CUDA graphs, models as they run by themselves.
+of the kernels are measured by replaying CUDA graphs, models as they run by themselves and
+once as a graph of the whole model, whose rows take other adapters between replays.
 Results go to `<date>-gpu_runtime.json`, with the device in words. `--tiny` runs through on
 any machine, to show that the program works: its figures mean nothing.
 """
@@ -290,9 +291,12 @@ def _decoding(model: Any, setting: Setting, batch: int, around: Any, **given: An
 
 
 def decode(setting: Setting) -> dict[str, Any]:
-    """One step of decoding through the whole model: bare, ours, PEFT's."""
-    ours, theirs = setting.model(), setting.model()
-    host = lora_hub.attach(ours)
+    """One step of decoding through the whole model: bare, ours, PEFT's.
+
+    Ours by the grouped kernels, where they run, and by torch's own products.
+    """
+    ours, plain, theirs = setting.model(), setting.model(), setting.model()
+    host, by_torch = lora_hub.attach(ours), lora_hub.attach(plain, kernels="torch")
     wrapped: Any = None
     held = _allocated()
     exact = 0
@@ -304,6 +308,8 @@ def decode(setting: Setting) -> dict[str, Any]:
         host.load(adapter, as_=str(number))
         del adapter
     grown = _allocated() - held
+    for number, rank in enumerate(setting.ranks()):
+        by_torch.load(setting.adapter(rank, str(number), "cpu"), as_=str(number))
     for number, rank in enumerate(setting.ranks()):
         config = peft.LoraConfig(
             r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False
@@ -319,12 +325,53 @@ def decode(setting: Setting) -> dict[str, Any]:
         works = {
             "bare": _decoding(setting.bare, setting, batch, nullcontext),
             "ours": _decoding(ours, setting, batch, lambda names=names: host.rows(names)),
+            "ours by torch": _decoding(
+                plain, setting, batch, lambda names=names: by_torch.rows(names)
+            ),
             "PEFT's": _decoding(wrapped, setting, batch, nullcontext, adapter_names=names),
         }
         found[f"batch {batch}, as many adapters"] = over(setting.in_turn(works))
     if setting.device.type == "cuda":
         found["bytes of an adapter on the device"] = grown / len(setting.ranks())
         found["over the bytes of its factors"] = grown / exact
+    host.detach()
+    by_torch.detach()
+    return found
+
+
+def graphs(setting: Setting) -> dict[str, Any]:
+    """A token a row through the whole model, captured once, with other adapters later."""
+    if not is_available(setting.device):
+        return {"not measured": "the kernels do not run on this device"}
+    ours = setting.model()
+    host = lora_hub.attach(ours)
+    for number, rank in enumerate(setting.ranks()):
+        host.load(setting.adapter(rank, str(number), "cpu"), as_=str(number))
+    found: dict[str, Any] = {}
+    for batch in setting.batches:
+        tokens = torch.zeros(batch, 1, dtype=torch.long, device=setting.device)
+        names = [str(number) for number in range(batch)]
+
+        def step(model: Any, tokens: Tensor = tokens) -> Work:
+            return torch.inference_mode()(lambda: model(tokens, use_cache=False))
+
+        bare = replayed(setting, step(setting.bare))
+        with host.rows(names), host.capturing():
+            graph = replayed(setting, step(ours))
+        # What a replay does is told by what is in force when it is measured.
+        with host.rows(names):
+            own = setting.in_turn({"bare": bare, "every row its own adapter": graph}, 10)
+        none = setting.in_turn({"bare": bare, "no row with an adapter": graph}, 10)
+        found[f"batch {batch}"] = over(own)
+        found[f"batch {batch}, base alone"] = over(none)
+
+        def other_rows(names: list[str] = names) -> None:
+            with host.rows(names):
+                pass
+
+        found[f"batch {batch}, microseconds of other rows and back"] = (
+            1e6 * setting.in_turn({"rows": other_rows}, 10)["rows"]
+        )
     host.detach()
     return found
 
@@ -400,6 +447,7 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "products": products,
     "prefill": prefill,
     "decode": decode,
+    "graphs": graphs,
     "merging": merging,
     "cold": cold,
 }

@@ -64,6 +64,32 @@ def cut(count: int, shape: tuple[int, ...], elements: int) -> Iterator[tuple[Row
             )
 
 
+class Scratch:
+    """Memory that is used block after block.
+
+    Fresh memory for each block costs as much as the sums: the system gives it in pages,
+    each of which is a fault when it is first touched.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def room(
+        self, what: str, like: Shaped[Tensor, "rows columns"], dtype: torch.dtype
+    ) -> Shaped[Tensor, "rows columns"]:
+        """Return memory for a block of this shape, whose values are not settled.
+
+        It is valid until the same is asked for again.
+        """
+        key = what, dtype, like.device
+        found = self._held.get(key)
+        if found is None or found.numel() < like.numel():
+            with torch.inference_mode(False):
+                found = torch.empty(like.numel(), dtype=dtype, device=like.device)
+            self._held[key] = found
+        return found[: like.numel()].view(like.shape)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
     """One update as it meets the tensor.
@@ -81,9 +107,18 @@ class Term:
     is_transposed: bool = False
 
     def on(
-        self, own: Shaped[Tensor, "rows columns"], rows: Rows
+        self,
+        own: Shaped[Tensor, "rows columns"],
+        rows: Rows,
+        out: Float64[Tensor, "rows columns"] | None = None,
     ) -> Float64[Tensor, "rows columns"]:
-        """Return what is added to these rows of the tensor, before the weight."""
+        """Return what is added to these rows of the tensor, before the weight.
+
+        Args:
+            own: these rows of the part's M.
+            rows: which they are.
+            out: memory that the result may be put in.
+        """
         update, lines = self.update, rows.inside
         if update.a.dim() == 3:
             update = replace(update, a=update.a[rows.expert], b=update.b[rows.expert])
@@ -91,7 +126,7 @@ class Term:
         is_asked = not update.rank or update.p is not None or update.q is not None
         base = own if is_asked else None
         if not self.is_transposed:
-            return delta(update, base, rows=lines)
+            return delta(update, base, rows=lines, out=out if update.rank else None)
         q = None if update.q is None else update.q[lines]
         turned = replace(update, a=update.a[:, lines], q=q)
         return delta(turned, None if base is None else base.T).T
@@ -101,6 +136,7 @@ def change_of(
     terms: Sequence[Term],
     alone: Callable[[int], Shaped[Tensor, "rows columns"]],
     rows: Rows,
+    scratch: Scratch | None = None,
 ) -> Float64[Tensor, "rows columns"] | None:
     """Return `Σ wᵢ·Δᵢ`, None where there is no term.
 
@@ -108,10 +144,14 @@ def change_of(
         terms: in the order in which they are added.
         alone: the index of a part → its own M.
         rows: which rows these are.
+        scratch: memory for them; fresh memory without.
     """
     change: Tensor | None = None
     for term in terms:
-        added = term.on(alone(term.part), rows)
+        own = alone(term.part)
+        what = "change" if change is None else "one more"
+        room = scratch.room(what, own, torch.float64) if scratch else None
+        added = term.on(own, rows, room)
         if term.weight != 1:
             added.mul_(term.weight)
         change = added if change is None else change.add_(added)
@@ -169,20 +209,23 @@ def wide_of(*dtypes: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def rounded(
+def summed(
     start: Shaped[Tensor, "rows columns"],
     change: Float64[Tensor, "rows columns"] | None,
     wide: torch.dtype,
-    kept: torch.dtype,
+    scratch: Scratch | None = None,
 ) -> Shaped[Tensor, "rows columns"]:
-    """Return the rows in the dtype they are kept in, rounded to it once.
+    """Return the rows as they are before the one rounding to the dtype they are kept in.
 
     Args:
         start: W, or in float64 what was exchanged for it.
-        change: what is added in `wide`.
+        change: what is added in `wide`; None where nothing is, and nothing is converted.
         wide: see `wide_of`.
-        kept: the dtype of the result.
+        scratch: memory for the sum; fresh memory without.
     """
     if change is None:
-        return start.to(kept)
-    return start.to(wide).add(change.to(wide)).to(kept)
+        return start
+    if scratch is None:
+        return start.to(wide).add(change.to(wide))
+    total = scratch.room("total", start, wide).copy_(start)
+    return total.add_(scratch.room("rounded", start, wide).copy_(change))

@@ -5,6 +5,8 @@ and written by `tensors/`, without torch.
 """
 
 from collections.abc import Callable
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -54,15 +56,22 @@ def all_at_once(file: TensorFile) -> Callable[[TensorInfo], Tensor]:
     One copy costs less than hundreds. It lives as long as one of the tensors does.
     """
     copy = memoryview(bytearray(file.whole()))
+    whole: dict[torch.dtype, Tensor] = {}
 
     def tensor(info: TensorInfo) -> Tensor:
         dtype = TORCH[info.dtype]
-        count = info.size_bytes // dtype.itemsize
-        if not count or info.begin % dtype.itemsize:
+        size = dtype.itemsize
+        if info.begin == info.end or info.begin % size:
             # Numbers have to lie at multiples of their size.
             return to_tensor(copy[info.begin : info.end], info.dtype, info.shape)
-        flat = torch.frombuffer(copy, dtype=dtype, count=count, offset=info.begin)
-        return flat.view(info.shape)
+        flat = whole.get(dtype)
+        if flat is None:
+            numbers = copy[: len(copy) // size * size]
+            flat = whole[dtype] = torch.frombuffer(numbers, dtype=dtype)
+        strides = tuple(accumulate(info.shape[:0:-1], mul, initial=1))[::-1]
+        if not info.shape:
+            strides = ()
+        return flat.as_strided(info.shape, strides, info.begin // size)
 
     return tensor
 

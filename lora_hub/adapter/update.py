@@ -98,6 +98,7 @@ def delta(
     weight: Shaped[Tensor, "*experts rows inp"] | None = None,
     *,
     rows: slice = slice(None),
+    out: Float64[Tensor, "*experts rows inp"] | None = None,
 ) -> Float64[Tensor, "*experts rows inp"]:
     """Return the dense change of the weight in float64, or some rows of it.
 
@@ -107,6 +108,7 @@ def delta(
         weight: the same rows of the base weight as a matrix, needed where p or q is given
             and where the rank is 0.
         rows: which rows; all by default.
+        out: memory for the result, where there are factors.
 
     Raises:
         ComposeError: the change depends on the weight, which is not given; or the update
@@ -117,7 +119,7 @@ def delta(
         raise ComposeError("the change depends on the base weight, which is not given")
     if update.rank or weight is None:
         b = update.b[..., rows, :].double() * update.scaling.to(update.b.device)
-        change = b @ update.a.double()
+        change = torch.matmul(b, update.a.double(), out=out)
     else:
         change = torch.zeros_like(weight, dtype=torch.float64)
     if weight is None:

@@ -102,7 +102,7 @@ def shrink_grouped(
     for site in sites:
         table.takes(site, flat.shape[1])
     shape = _shape(tokens, rows.count, flat.shape[1], 1)
-    width = rows.per_row * table.max_rank
+    width, cells = _width(table, rows), table.cells
     t = torch.empty(
         (len(sites), shape.parts, len(flat), width), dtype=torch.float32, device=x.device
     )
@@ -112,8 +112,8 @@ def shrink_grouped(
     numbers = (*sites, sites[0], sites[0])[:MOST_SITES]
     with _on(x):
         shrink[grid](
-            flat, t, table.cells, rows.first, rows.last, rows.slot, rows.weight,
-            *numbers, table.sites, tokens, len(flat), flat.shape[1], flat.stride(0),
+            flat, t, cells, rows.first, rows.last, rows.slot, rows.weight,
+            *numbers, cells.shape[1], tokens, len(flat), flat.shape[1], flat.stride(0),
             width, shape.chunk,
             NARROW=_narrow(table.dtype), PRECISION=_precision(x.dtype),
             BLOCK_T=shape.block_t, BLOCK_R=BLOCK_R, BLOCK_K=shape.block_k,
@@ -142,19 +142,21 @@ def expand_grouped(y: Tensor, t: Tensor, table: Table, site: int, rows: RowLists
     parts, total, width = t.shape
     if total != len(flat):
         raise InputError(f"y has {len(flat)} tokens, x had {total}", where=f"site {site}")
-    if width != rows.per_row * table.max_rank:
+    if width != _width(table, rows):
         raise InputError(
             "the table or the rows grew since t was taken", where=f"site {site}"
         )
     table.gives(site, flat.shape[1])
     shape = _shape(tokens, rows.count, 1, flat.shape[1])
     grid = rows.count * -(-tokens // shape.block_t), -(-flat.shape[1] // shape.block_n)
+    cells = table.cells  # once: another thread may let the table grow
     if not all(grid):
         return
     with _on(y):
         expand[grid](
-            flat, t, table.cells, rows.first, rows.last, rows.slot,
-            site, table.sites, tokens, total, flat.shape[1], flat.stride(0), width, parts,
+            flat, t, cells, rows.first, rows.last, rows.slot,
+            site, cells.shape[1], tokens, total, flat.shape[1], flat.stride(0), width,
+            parts,
             NARROW=_narrow(table.dtype), PRECISION=_precision(y.dtype),
             BLOCK_T=shape.block_t, BLOCK_R=BLOCK_R, BLOCK_N=shape.block_n,
             num_warps=4,
@@ -206,6 +208,11 @@ def _tokens(flat: Tensor, rows: RowLists, given: Tensor) -> int:
             " num_return_sequences",
         )
     return len(flat) // rows.count
+
+
+def _width(table: Table, rows: RowLists) -> int:
+    """Return how many columns of t the adapters of a row take at most."""
+    return rows.per_row * table.max_rank if rows.width is None else rows.width
 
 
 def _before_launch(table: Table, rows: RowLists, sites: Sequence[int]) -> None:

@@ -24,6 +24,8 @@ class RowLists:
         rows: how many rows fit; `entries`: how many pairs, rows of one set counted once.
         per_row: the most pairs of one row; with a table's `max_rank` it sizes what lies
             between the launches.
+        width: sizes it instead, where it is known which ranks any row's adapters have
+            together, at most; then the table may grow between two launches.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class RowLists:
         rows: int = 64,
         entries: int = 256,
         per_row: int = 4,
+        width: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.per_row = per_row
+        self.width = width
         self.captured = False
         self.count = 1  # rows of the batch
         self.most_slot = -1

@@ -5,8 +5,9 @@
 A swap writes one slot's line (`in_place.py` says how, and when the table may grow). Nothing
 here locks, and a table belongs to one stream: writes and replays on several streams are
 the caller's to order. A table keeps the factors of a slot alive until others take their
-place; the memory is then the allocator's again, which hands it out in the order of the
-stream.
+place, unless the caller does; the memory is then the allocator's again, which hands it out
+in the order of the stream. Room that was outgrown stays as long as the table, since another
+thread may be about to launch with it; all of it is less than the room there is.
 """
 
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ class Table:
         self.captured = False
         self.cells = zeros((slots, sites, 4), torch.int64, self.device)
         self._held: dict[int, Mapping[int, tuple[Tensor, Tensor]]] = {}
+        self._outgrown: list[Tensor] = []
         self._inp: dict[int, int] = {}
         self._out: dict[int, int] = {}
 
@@ -60,7 +62,13 @@ class Table:
     def sites(self) -> int:
         return self.cells.shape[1]
 
-    def put(self, slot: int, factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    def put(
+        self,
+        slot: int,
+        factors: Mapping[int, tuple[Tensor, Tensor]],
+        *,
+        keep: bool = True,
+    ) -> None:
         """Let the slot stand for these factors, in place of whatever it stood for.
 
         One copy of 32 bytes a site; launches queued before it see the old factors, those
@@ -69,6 +77,8 @@ class Table:
         Args:
             slot: its number, 0 or more.
             factors: site → a (rank, in), bt (rank, out), of true rank, scaling included.
+            keep: whether to keep them alive; else the caller does, as long as rows name
+                the slot.
 
         Raises:
             InputError: factors are not as the kernels read them, or a captured graph reads
@@ -92,7 +102,7 @@ class Table:
         write(self.cells[slot], torch.tensor(line, dtype=torch.int64))
         for site, (a, bt) in factors.items():
             self._inp[site], self._out[site] = a.shape[1], bt.shape[1]
-        self._held[slot] = dict(factors)
+        self._held[slot] = dict(factors) if keep else {}
 
     def clear(self, slot: int) -> None:
         """Let the slot stand for nothing: rows that list it are bare."""
@@ -143,6 +153,9 @@ class Table:
             )
             cells = zeros((slots, sites, 4), torch.int64, self.device)
             cells[: self.slots, : self.sites] = self.cells
+            if cells.is_cuda:  # whichever stream reads it first
+                torch.cuda.current_stream(cells.device).synchronize()
+            self._outgrown.append(self.cells)
             self.cells = cells
 
     def _check(self, site: int, a: Tensor, bt: Tensor) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_hub import atomic
-from lora_hub.adapter.merged_rows import rounded, wide_of
+from lora_hub.adapter.merged_rows import summed, wide_of
 from lora_hub.adapter.tensor_bytes import TORCH, to_bytes
 from lora_hub.base.folder import FolderBase
 from lora_hub.errors import ComposeError
@@ -176,7 +176,7 @@ class _Run:
         for block in blocks(
             fate, tensor.shape, tensor.dtype, self._base, self._parts, self._load
         ):
-            merged = rounded(block.start, block.change, wide, written)
+            merged = summed(block.start, block.change, wide).to(written)
             _check_finite(merged, block.base, tensor)
             moved, missed = _measured(block, merged)
             added, lost = added + moved, lost + missed

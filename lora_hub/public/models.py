@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lora_hub import extras, settings, sizes
 
@@ -18,12 +18,14 @@ from lora_hub.adapter.save import save as save_adapter
 from lora_hub.base.fit import check_fit
 from lora_hub.base.folder import FolderBase
 from lora_hub.composing.compose import compose as compose_adapters
+from lora_hub.errors import InputError
 from lora_hub.formats.dialect import ReadOptions
 from lora_hub.merging import execute as merging
 from lora_hub.merging.plan import MergePlan, Part
 from lora_hub.merging.plan import plan as plan_merge
 from lora_hub.public.find import Found, find
 from lora_hub.runtime.host import Host
+from lora_hub.runtime.product import Kernels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +52,7 @@ def attach(
     budget: int | str | None = None,
     host_budget: int | str | None = None,
     reserve: str | Sequence[str] = (),
+    kernels: Kernels = "auto",
 ) -> Host:
     """Return a host for adapters on a model; nothing changes until an adapter is used.
 
@@ -65,10 +68,19 @@ def attach(
             on the CPU; as many as `budget` by default.
         reserve: layers that get their hook at once, so that a model compiled afterwards is
             not compiled again, whatever is used: "all-linear", or names such as "q_proj".
+        kernels: what computes products of factors on a GPU: "torch"; "triton", the
+            grouped kernels, for all that they can; "auto", those for rows with adapters of
+            their own, where they run.
 
     Raises:
-        InputError: a budget is no size, or a name that of no layer.
+        InputError: a budget is no size, a name that of no layer, or `kernels` none of the
+            three or asked for where they do not run.
     """
+    if kernels not in get_args(Kernels):
+        raise InputError(
+            f"kernels={kernels!r} is no choice",
+            hint=f"one of {', '.join(map(repr, get_args(Kernels)))}",
+        )
     options = _read_with(base)
     return Host(
         model,
@@ -76,6 +88,7 @@ def attach(
         budget=_bytes(budget, "budget"),
         host_budget=_bytes(host_budget, "host_budget"),
         reserve=reserve,
+        kernels=kernels,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_hub.manifest.document import Layer
+from lora_hub.runtime.quantised import is_packed, numbers_of
 from lora_hub.runtime.resident import Factors
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -150,6 +151,9 @@ def _of_rows(
 
 def _own(layer: nn.Module, name: str, like: Tensor) -> Any:
     tensor = getattr(layer, name, None)
+    if tensor is not None and is_packed(tensor):
+        tensor = numbers_of(tensor, layer)
+        assert tensor is not None  # or the adapter would have been refused
     return None if tensor is None else tensor.to(like.dtype)
 
 

@@ -21,8 +21,10 @@ unless it asks for the same adapter.
 
 import gc
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 
@@ -36,6 +38,10 @@ from lora_hub.runtime.prepare import Norms, Prepared
 from lora_hub.runtime.resident import Resident
 from lora_hub.runtime.sites import Sites
 from lora_hub.runtime.slab import Plan
+
+# How long a lease waits for room that other threads use: a pass of one token lasts some
+# milliseconds, and whoever would wait longer should be told.
+PATIENCE_S = 0.05
 
 # From the norms of a DoRA (empty for others) to the adapter prepared once more.
 Reload = Callable[[Norms], Prepared]
@@ -66,19 +72,24 @@ class _Entry:
 class Lease:
     """Adapters that stay resident until `release`, or until the `with` block ends.
 
+    One that nobody has any more, as after an interrupt, is released.
+
     Attributes:
         residents: by key, in the order asked for; empty after `release`.
     """
 
     _bank: "Bank"
-    _entries: tuple[_Entry, ...]
+    _entries: list[_Entry] = field(default_factory=list)
     residents: Mapping[str, Resident] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Let them leave when room is needed; again is fine."""
-        entries, self._entries = self._entries, ()
+        """Let them leave when room is needed; again is fine. Never waits."""
         self.residents = {}
-        self._bank._release(entries)  # noqa: SLF001  (two halves of one thing)
+        self._bank._release(self._entries)  # noqa: SLF001  (two halves of one thing)
+
+    def __del__(self) -> None:
+        if self._entries:
+            self.release()
 
     def __enter__(self) -> "Lease":  # noqa: PYI034  (beartype has no `Self` of a method)
         return self
@@ -115,7 +126,16 @@ class Bank:
         # Those that are resident and may be asked to leave, asked for last, last.
         self._residents: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
+        # Leases may end anywhere, also where the garbage collector runs under the lock:
+        # they only leave a name here.
+        self._ended: deque[_Entry] = deque()
         self._norms_bytes = 0
+        self._collects_at = 0.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The identities of what is here."""
+        return tuple(self._entries)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -156,25 +176,28 @@ class Bank:
             prepared.norms,
             plan.nbytes,
         )
-        with self._lock:
-            if key in self._entries:  # another thread put it meanwhile
-                return
-            if any(device.type == "cpu" for device in plan.sizes):
-                entry.charged = entry.norms_bytes
-            self._check_size(entry)
-            self._reserve(entry.charged, (), name)
-            self._norms_bytes += entry.norms_bytes
-            self._entries[key] = entry
-            try:
-                self._reserve(entry.nbytes, (), name)
-            except InputError:
-                return  # it comes when it is leased
-            entry.coming = threading.Event()
+        event = threading.Event()
         try:
-            self._bring(entry, plan)
+            with self._locked():
+                if key in self._entries:  # another thread put it meanwhile
+                    return
+                if any(device.type == "cpu" for device in plan.sizes):
+                    entry.charged = entry.norms_bytes
+                self._check_size(entry)
+                self._reserve(entry.charged, (), name)
+                self._norms_bytes += entry.norms_bytes
+                self._entries[key] = entry
+                try:
+                    self._reserve(entry.nbytes, (), name)
+                except InputError:
+                    return  # it comes when it is leased
+                entry.coming = event
+            self._bring(entry, event, plan)
         except BaseException:
-            if key in self:  # nobody dropped it meanwhile
-                self.drop(key)
+            self._end(entry, event, None, entry.nbytes)
+            with self._locked():
+                if self._entries.get(key) is entry:  # nobody dropped it meanwhile
+                    self._drop(entry)
             raise
 
     def lease(self, keys: Iterable[str]) -> Lease:
@@ -185,20 +208,23 @@ class Bank:
             InputError: they do not fit into the budget beside what others have leased.
             LoraHubError: what `reload` raises.
         """
-        with self._lock:
-            entries = tuple(self._entry(key) for key in dict.fromkeys(keys))
-            for entry in entries:
-                entry.leases += 1
-                if entry.key in self._residents:
-                    self._residents.move_to_end(entry.key)
+        lease = Lease(self)
         try:
-            while not self._came(entries):
+            with self._locked():
+                entries = tuple(self._entry(key) for key in dict.fromkeys(keys))
+                for entry in entries:
+                    entry.leases += 1
+                    lease._entries.append(entry)  # noqa: SLF001
+                    if entry.key in self._residents:
+                        self._residents.move_to_end(entry.key)
+            until = time.monotonic() + PATIENCE_S
+            while not self._came(entries, until):
                 pass
         except BaseException:
-            self._release(entries)
+            lease.release()
             raise
-        residents = {each.key: each.resident for each in entries if each.resident}
-        return Lease(self, entries, residents)
+        lease.residents = {each.key: each.resident for each in entries if each.resident}
+        return lease
 
     def drop(self, key: str) -> None:
         """Let an adapter go; who has leased it keeps it until the lease is released.
@@ -206,16 +232,8 @@ class Bank:
         Raises:
             NotFoundError: the key is not here.
         """
-        with self._lock:
-            entry = self._entry(key)
-            del self._entries[key]
-            entry.is_dropped = True
-            self._copies.drop(key)
-            self._norms_bytes -= entry.norms_bytes
-            self._budget.give_back(entry.charged)
-            self._residents.pop(key, None)
-            if not entry.leases:
-                self._leave(entry)
+        with self._locked():
+            self._drop(self._entry(key))
 
     def is_leased(self, key: str) -> bool:
         """Return whether somebody holds a lease of the adapter.
@@ -223,7 +241,7 @@ class Bank:
         Raises:
             NotFoundError: the key is not here.
         """
-        with self._lock:
+        with self._locked():
             return self._entry(key).leases > 0
 
     def again(self, key: str) -> Prepared:
@@ -233,20 +251,20 @@ class Bank:
             NotFoundError: the key is not here.
             LoraHubError: what `reload` raises.
         """
-        with self._lock:
+        with self._locked():
             entry = self._entry(key)
         return entry.reload(entry.norms)
 
     @property
     def used_bytes(self) -> int:
         """Bytes that slabs take now, on the CPU with DoRA's norms."""
-        with self._lock:
+        with self._locked():
             return self._budget.used_bytes
 
     @property
     def memory(self) -> Memory:
         """What everything takes, and where it is."""
-        with self._lock:
+        with self._locked():
             held = {
                 key: Held(each.name, each.nbytes, self._tier(each), each.leases)
                 for key, each in self._entries.items()
@@ -273,39 +291,57 @@ class Bank:
             raise NotFoundError("no adapter of this identity is in the bank", where=key)
         return found
 
-    def _release(self, entries: Collection[_Entry]) -> None:
-        with self._lock:
-            for entry in entries:
-                entry.leases -= 1
-                if entry.is_dropped and not entry.leases:
-                    self._leave(entry)
-
-    def _came(self, entries: Collection[_Entry]) -> bool:
-        """Bring what is missing; return whether all are there, else ask again."""
-        with self._lock:
-            missing = [each for each in entries if each.resident is None]
-            if not missing:
-                return True
-            others = [each.coming for each in missing if each.coming is not None]
-            mine = [each for each in missing if each.coming is None]
-            # For all together, so that no two leases wait for room that the other took.
-            names = ", ".join(each.name for each in mine)
-            self._reserve(sum(each.nbytes for each in mine), entries, names)
-            for entry in mine:
-                entry.coming = threading.Event()
-        while mine:
+    def _release(self, entries: list[_Entry]) -> None:
+        while entries:
             try:
-                self._bring(mine[0])
-            except BaseException:
-                for entry in mine[1:]:
-                    self._end(entry, None, entry.nbytes)
-                raise
-            del mine[0]
+                self._ended.append(entries.pop())
+            except IndexError:  # another thread released the rest
+                return
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock, with all accounts settled."""
+        with self._lock:
+            self._settle()
+            yield
+
+    def _came(self, entries: Collection[_Entry], until: float) -> bool:
+        """Bring what is missing; return whether all are there, else ask again.
+
+        Until then (in monotonic seconds) it is waited for room that others use.
+        """
+        mine: list[tuple[_Entry, threading.Event]] = []
+        try:
+            with self._locked():
+                missing = [each for each in entries if each.resident is None]
+                if not missing:
+                    return True
+                others = [each.coming for each in missing if each.coming is not None]
+                own = [each for each in missing if each.coming is None]
+                # For all together, so that no two leases wait for room that the other took.
+                names = ", ".join(each.name for each in own)
+                nbytes = sum(each.nbytes for each in own)
+                is_to_wait = time.monotonic() < until and self._is_full_for_now(nbytes)
+                if not is_to_wait:
+                    self._reserve(nbytes, entries, names)
+                    for entry in own:
+                        entry.coming = threading.Event()
+                        mine.append((entry, entry.coming))
+            for entry, event in mine:
+                self._bring(entry, event)
+        except BaseException:
+            for entry, event in mine:
+                self._end(entry, event, None, entry.nbytes)
+            raise
         for event in others:
             event.wait()
+        if is_to_wait:
+            time.sleep(0.0005)
         return False  # another thread may have failed at one of them
 
-    def _bring(self, entry: _Entry, plan: Plan | None = None) -> None:
+    def _bring(
+        self, entry: _Entry, event: threading.Event, plan: Plan | None = None
+    ) -> None:
         """Make an adapter resident for whose bytes there is room, and say so."""
         reserved = entry.nbytes  # of these, what is not allocated yet
         resident = None
@@ -317,7 +353,7 @@ class Bank:
             return slab
 
         try:
-            with self._lock:
+            with self._locked():
                 copy = self._copies.get(entry.key)
             if copy is None:
                 plan = plan or Plan(entry.reload(entry.norms), self.sites)
@@ -330,32 +366,43 @@ class Bank:
                     copy = staged(plan, entry.name, entry.key, entry.tokens)
             if copy is not None:
                 resident = brought(copy, allocate)
-                with self._lock:
+                with self._locked():
                     self._copies.keep(entry.key, copy)
         finally:
-            self._end(entry, resident, reserved)
+            self._end(entry, event, resident, reserved)
 
-    def _end(self, entry: _Entry, resident: Resident | None, unused: int) -> None:
-        """Tell those who wait that an adapter came, or did not."""
-        with self._lock:
-            self._budget.give_back(unused)
-            entry.resident = resident
-            if resident is not None and not entry.is_dropped:
-                self._residents[entry.key] = entry
-            event, entry.coming = entry.coming, None
-            if entry.is_dropped:
-                self._copies.drop(entry.key)
-                if not entry.leases:
-                    self._leave(entry)
-        if event is not None:
-            event.set()
+    def _end(
+        self,
+        entry: _Entry,
+        event: threading.Event,
+        resident: Resident | None,
+        unused: int,
+    ) -> None:
+        """Tell those who wait that an adapter came, or did not; again does nothing."""
+        try:
+            with self._locked():
+                if entry.coming is not event:
+                    return
+                entry.coming = None
+                self._budget.give_back(unused)
+                entry.resident = resident
+                if resident is not None and not entry.is_dropped:
+                    self._residents[entry.key] = entry
+                if entry.is_dropped:
+                    self._copies.drop(entry.key)
+                    if not entry.leases:
+                        self._leave(entry)
+        finally:
+            # Also where an interrupt came in between, or others would wait forever.
+            if entry.coming is not event:
+                event.set()
 
     def _other_size(self, entry: _Entry, nbytes: int) -> None:
         """Make room where an adapter takes other bytes than before.
 
         As after the model was moved or brought to another dtype.
         """
-        with self._lock:
+        with self._locked():
             before, entry.nbytes = entry.nbytes, nbytes
             if nbytes > before:
                 try:
@@ -367,6 +414,25 @@ class Bank:
                 self._budget.give_back(before - nbytes)
 
     # What follows is called under the lock.
+
+    def _settle(self) -> None:
+        while self._ended:
+            entry = self._ended.popleft()
+            entry.leases -= 1
+            if entry.is_dropped and not entry.leases:
+                self._leave(entry)
+
+    def _drop(self, entry: _Entry) -> None:
+        # In an order in which it can be begun again after an interrupt.
+        if not entry.leases:
+            self._leave(entry)
+        self._residents.pop(entry.key, None)
+        self._copies.drop(entry.key)
+        charged, entry.charged = entry.charged, 0
+        self._budget.give_back(charged)
+        entry.is_dropped = True
+        self._norms_bytes -= entry.norms_bytes
+        del self._entries[entry.key]
 
     def _check_size(self, entry: _Entry) -> None:
         nbytes = entry.nbytes + entry.charged
@@ -386,23 +452,40 @@ class Bank:
             InputError: what is leased or needed by a running pass leaves no room.
         """
         budget = self._budget
+        self._make_room(nbytes, kept)
         if not budget.has_room(nbytes):
-            may_leave = [
-                each
-                for each in self._residents.values()
-                if not each.leases and each not in kept
-            ]
-            freed = sum(each.nbytes for each in may_leave)
-            if budget.has_room(nbytes - freed):  # or all would leave for nothing
-                for entry in may_leave:
-                    if budget.has_room(nbytes):
-                        break
-                    self._leave(entry)
-            if not budget.has_room(nbytes):
-                gc.collect()  # what hangs in a cycle is nobody's
-            if not budget.has_room(nbytes):
-                raise self._no_room(nbytes, names)
+            self._collect()  # what hangs in a cycle is nobody's
+            self._settle()
+            self._make_room(nbytes, kept)
+        if not budget.has_room(nbytes):
+            raise self._no_room(nbytes, names)
         budget.take(nbytes)
+
+    def _collect(self) -> None:
+        began = time.monotonic()
+        if began < self._collects_at:
+            gc.collect(1)
+            return
+        gc.collect()
+        # With a model in memory that may take a second: not more than a tenth of the time.
+        ended = time.monotonic()
+        self._collects_at = ended + 9 * (ended - began)
+
+    def _make_room(self, nbytes: int, kept: Collection[_Entry]) -> None:
+        budget = self._budget
+        if budget.has_room(nbytes):
+            return
+        may_leave = [
+            each
+            for each in self._residents.values()
+            if not each.leases and each not in kept
+        ]
+        freed = sum(each.nbytes for each in may_leave)
+        if budget.has_room(nbytes - freed):  # or all would leave for nothing
+            for entry in may_leave:
+                if budget.has_room(nbytes):
+                    break
+                self._leave(entry)
 
     def _leave(self, entry: _Entry) -> None:
         resident, entry.resident = entry.resident, None
@@ -410,18 +493,29 @@ class Bank:
             return
         if self._residents.get(entry.key) is entry:
             del self._residents[entry.key]
-        devices = {each.bt.device for each in resident.at.values()}
-        devices |= {each.bt.device for each in resident.experts.values()}
-        devices |= {each.tensor.device for each in resident.replaced.values()}
-        for device in devices:
+        for device in resident.devices:
             if device.type == "cuda":  # a stream may not have come to what was asked of it
                 torch.cuda.synchronize(device)
 
+    def _is_full_for_now(self, nbytes: int) -> bool:
+        """Whether there is no room, and might be once others have let go what they use."""
+        limit = self._budget.limit
+        if limit is None or self._budget.has_room(nbytes):
+            return False
+        _, idle, norms = self._kinds()
+        return nbytes <= limit - norms and not self._budget.has_room(nbytes - idle)
+
+    def _kinds(self) -> tuple[int, int, int]:
+        """Return the bytes of what is leased, of what may leave, and of norms."""
+        held = self._residents.values()
+        leased = sum(each.nbytes for each in held if each.leases)
+        norms = sum(each.charged for each in self._entries.values())
+        return leased, sum(each.nbytes for each in held) - leased, norms
+
     def _no_room(self, nbytes: int, names: str) -> InputError:
         limit = self._budget.limit or 0
-        resident = sum(each.nbytes for each in self._residents.values() if each.leases)
-        norms = sum(each.charged for each in self._entries.values())
-        rest = self._budget.used_bytes - resident - norms
+        resident, idle, norms = self._kinds()
+        rest = self._budget.used_bytes - resident - idle - norms
         parts = [
             f"{sizes.to_text(size)} {what}"
             for size, what in (

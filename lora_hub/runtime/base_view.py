@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_hub.adapter.tensor_bytes import NAMES, TORCH, to_bytes
 from lora_hub.base.folder import config_of
@@ -20,6 +19,7 @@ from lora_hub.base.narrow import narrow
 from lora_hub.base.view import WIDER
 from lora_hub.errors import InconclusiveError
 from lora_hub.manifest.document import BaseConfig
+from lora_hub.runtime.quantised import kind_of, numbers_dtype, shape_of
 
 # Elements hashed at a time: bounds what is copied and what is converted. Beside the CPU,
 # small enough that a piece stays in the second-level cache between its conversion and its
@@ -66,8 +66,7 @@ class ModelBase:
         self.where = f"the model ({type(model).__name__})"
         self.config = _config_of(model)
         self.tensors: Mapping[str, tuple[str, tuple[int, ...]]] = {
-            name: (NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-            for name, tensor in self._tensors.items()
+            name: _held(tensor) for name, tensor in self._tensors.items()
         }
 
     def digest(self, name: str, as_dtype: str | None = None) -> str | None:
@@ -87,9 +86,9 @@ class ModelBase:
                 where=name,
                 hint="load the model whole, or compare names and shapes: policy='struct'",
             )
-        if is_traceable_wrapper_subclass(tensor):  # it has a dtype, and other bytes
+        if (kind := kind_of(tensor)) is not None:  # it has a dtype, and other bytes
             raise InconclusiveError(
-                f"the tensor is a {type(tensor).__name__}: quantised, or spread over "
+                f"the tensor is a {kind}: quantised, or spread over "
                 "devices, so its bytes are not those of a checkpoint",
                 where=name,
                 hint="compare names and shapes: policy='struct'",
@@ -104,6 +103,12 @@ class ModelBase:
             seen = Seen(weakref.ref(tensor), address, version, found)
             self._known[name, wanted] = seen
         return seen.digest
+
+
+def _held(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of the numbers, which may lie packed."""
+    dtype = numbers_dtype(tensor)
+    return NAMES.get(dtype, str(dtype)), shape_of(tensor)
 
 
 def _digest(tensor: Tensor, dtype: str, wanted: str) -> str | None:

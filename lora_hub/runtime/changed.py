@@ -84,6 +84,11 @@ class Changes:
     left: tuple[Acting, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is written to in place."""
+        return sum(each.tensor.nbytes for each in self.tensors if not each.is_split)
+
 
 def changes(
     model: nn.Module,

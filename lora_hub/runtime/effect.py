@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from lora_hub.errors import InputError
 from lora_hub.runtime.added import ADDED
 from lora_hub.runtime.invocation import by_itself, gate
+from lora_hub.runtime.product import Products
 from lora_hub.runtime.resident import Factors, Resident
 from lora_hub.runtime.route import Entry, Route, Rows
+from lora_hub.runtime.sharded import spread_of
 from lora_hub.runtime.shrink import Shrink, shrink_of
 from lora_hub.runtime.sites import Sites
 from lora_hub.runtime.step import Step
+from lora_hub.runtime.which_rows import check_rows
 
 # In these, sums of several adapters are rounded once they are complete.
 _WIDE = (torch.float32, torch.float64)
@@ -39,9 +42,11 @@ class Part:
     Attributes:
         at: `a` transposed.
         at3, bt3: the same with an axis in front, for a batch of one row.
+        weights: one for each of the rows, in float32 or wider; given in float64.
     """
 
     __slots__ = (
+        "_given",
         "at",
         "at3",
         "bt",
@@ -67,14 +72,28 @@ class Part:
         self.own = own
         self.rows = rows
         self.weight = weight
-        self.weights = weights
+        self._given = weights
+        self.weights: Tensor | None = None
+        if weights is not None:
+            # Kept for other forwards, some of which may want gradients. Not in 16 bits,
+            # which would round the weight and then the product.
+            with torch.inference_mode(False):
+                wide = torch.promote_types(own.bt.dtype, torch.float32)
+                self.weights = weights.to(wide).to(own.bt.device)
         self.shrink = shrink
         self.at, self.bt = own.a.mT, own.bt
         self.at3, self.bt3 = self.at[None], own.bt[None]
 
+    def with_own(self, own: Factors) -> "Part":
+        """Return the same with other factors, which share nothing with siblings."""
+        return Part(self.resident, own, self.rows, self.weight, self._given)
+
 
 class Effect:
     """What a route does at one site; None of it changes once it is made.
+
+    Args:
+        products: what the kernels of a GPU may compute; None where torch does it all.
 
     Attributes:
         is_nothing: whether no adapter of the route has this site.
@@ -83,18 +102,23 @@ class Effect:
     __slots__ = (
         "_device",
         "_dtype",
+        "_is_cuda",
         "_is_direct",
         "_is_plain",
         "_is_uniform",
         "_moved",
         "_number",
         "_parts",
+        "_product",
         "_sites",
+        "_spread",
         "_total",
         "is_nothing",
     )
 
-    def __init__(self, route: Route, number: int, sites: Sites) -> None:
+    def __init__(
+        self, route: Route, number: int, sites: Sites, products: Products | None = None
+    ) -> None:
         parts = [
             part for entry, own in route.at(number) for part in _parts(entry, own, number)
         ]
@@ -104,6 +128,10 @@ class Effect:
         self._total = route.total
         self._moved: tuple[Tensor, list[Part]] | None = None
         self._set(parts, is_alone=route.is_alone)
+        self._product = None
+        if parts and products is not None and self._spread is None:
+            residents = {part.resident for part in parts}
+            self._product = products.at(route, number, residents)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,9 +142,11 @@ class Effect:
         self._parts = list(parts)
         if not parts:
             return
+        self._spread = spread_of(self._sites[self._number])
         dtypes = {part.own.bt.dtype for part in parts}
         self._dtype = reduce(torch.promote_types, dtypes)
         self._device = parts[0].own.bt.device
+        self._is_cuda = self._device.type == "cuda"
         is_linear = all(p.own.layer == "linear" and not p.resident.tokens for p in parts)
         has_factors_alone = is_linear and all(_has_factors_alone(p.own) for p in parts)
         is_wide = self._dtype in _WIDE
@@ -130,6 +160,7 @@ class Effect:
         self._is_uniform = len(dtypes) == 1
         # Nothing but products, of tensors that are as they are needed.
         self._is_plain = self._is_direct and has_factors_alone and self._is_uniform
+        self._is_plain &= self._spread is None
 
     def __call__(
         self,
@@ -150,9 +181,24 @@ class Effect:
             is_fresh: whether y is contiguous memory that nobody else has seen.
 
         Raises:
-            InputError: which rows of the batch the rows of x are is not known.
+            InputError: which rows of the batch the rows of x are is not known, or a CUDA
+                graph is being captured, which would replay what acts now for good.
         """
         dtype = self._dtype
+        if self._is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "a CUDA graph is being captured, and would go on with the adapters of now "
+                "whatever is used later",
+                where=self._sites.path(self._number),
+                hint="capture inside of `with host.capturing():`",
+            )
+        product = self._product
+        if product is not None and product.takes(x, y):
+            if self._total is not None:
+                self._length(step, x)
+            out = y if is_fresh else y.clone(memory_format=torch.contiguous_format)
+            product.add(step, x, out)
+            return None if is_fresh else out
         if (
             self._is_plain
             and is_fresh
@@ -184,6 +230,15 @@ class Effect:
         dtype = torch.promote_types(self._dtype, y.dtype)
         if self._total is not None:
             self._length(step, x)
+        if self._spread is not None:
+            return self._spread.added(
+                self.parts(x, dtype),
+                lambda part, *tensors: _add(part, step, *tensors),
+                x,
+                y,
+                dtype,
+                where=lambda: self._sites.path(self._number),
+            )
         wide = y.to(dtype)
         if not wide.is_contiguous():
             wide = wide.contiguous()
@@ -205,21 +260,8 @@ class Effect:
         return (wide + total).to(y.dtype)
 
     def _length(self, step: Step | None, x: Tensor) -> None:
-        """Refuse an input whose rows are not known to be those of the batch."""
-        length, total = x.shape[0] if x.dim() else 0, self._total
-        if length == total:
-            return
-        is_flat = x.dim() == (2 if x.is_floating_point() else 1)
-        shape = () if step is None else step.shape
-        if is_flat and len(shape) == 2 and length == shape[0] * shape[1]:
-            return
-        raise InputError(
-            f"the layer was given {list(x.shape)}, and {total} rows have adapters of their "
-            "own, so which of them these are is not known",
-            where=self._sites.path(self._number),
-            hint="give the model as many rows as there are entries; each=... where one "
-            "entry stands for several rows, as with beams or num_return_sequences",
-        )
+        assert self._total is not None
+        check_rows(step, x, self._total, lambda: self._sites.path(self._number))
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> list[Part]:
         """Return the parts on the device of x and in the dtype."""
@@ -281,7 +323,7 @@ def _add(
         add(part.own, layer, own, given, added, part.weight)
     else:
         t = torch.mm(own.reshape(-1, own.shape[-1]), part.at).view(len(part.weights), -1)
-        t = (t * part.weights[:, None]).view(-1, part.own.rank)
+        t = (t * part.weights[:, None]).to(t.dtype).view(-1, part.own.rank)
         added.view(-1, added.shape[-1]).addmm_(t, part.bt, alpha=part.weight)
     if part.resident.tokens:
         added = added.masked_fill(~_awake(part.resident, step, total)[where], 0)
@@ -303,9 +345,10 @@ def _parts(entry: Entry, own: Factors, number: int) -> list[Part]:
         shrink = shrink_of(resident, number) if rows is None else None
         return [Part(resident, own, rows, entry.weight, None, shrink)]
     assert rows is not None
-    if _has_factors_alone(own) and own.layer == "linear" and not resident.tokens:
-        weights = entry.weights.to(own.bt.dtype).to(own.bt.device)
-        return [Part(resident, own, rows, entry.weight, weights)]
+    # In float16 a product times its weight could be none that it can hold.
+    is_product = own.layer == "linear" and own.bt.dtype != torch.float16
+    if is_product and _has_factors_alone(own) and not resident.tokens:
+        return [Part(resident, own, rows, entry.weight, entry.weights)]
     by_weight: dict[float, list[int]] = {}
     for row, weight in zip(rows, entry.weights.tolist(), strict=True):
         by_weight.setdefault(weight, []).append(row)
@@ -327,5 +370,4 @@ def _moved(part: Part, device: torch.device, dtype: torch.dtype) -> Part:
         for name in ("a", "bt", "p", "q", "bias", "bias_scale")
     }
     own = replace(part.own, **tensors)
-    weights = None if part.weights is None else part.weights.to(device, dtype)
-    return Part(part.resident, own, part.rows, part.weight, weights)
+    return part.with_own(own)

@@ -7,8 +7,11 @@ right. What acts is asked in each forward: the model's hooks settle it for all i
 """
 
 import sys
+import threading
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -22,11 +25,16 @@ from lora_hub.runtime import compiled
 from lora_hub.runtime.added import is_conv1d
 from lora_hub.runtime.effect import Effect
 from lora_hub.runtime.invocation import Invocations, sequences_of
+from lora_hub.runtime.product import Products
 from lora_hub.runtime.recomputing import Recomputing
-from lora_hub.runtime.route import Route
+from lora_hub.runtime.route import BARE, Route
 from lora_hub.runtime.sites import Sites
 from lora_hub.runtime.step import Step, Steps
 from lora_hub.runtime.uncompiled import uncompiled, uncompiled_alone
+
+_CALL = nn.Module._call_impl.__code__  # noqa: SLF001  (has no public name)
+
+_NOTHING = Effect(BARE, 0, Sites())
 
 # The hooks that torch calls on every module, which may keep an output.
 _ON_ALL: Mapping[int, object] = torch_modules._global_forward_hooks  # noqa: SLF001
@@ -36,17 +44,29 @@ class Hooks:
     """All hooks of a host on its model.
 
     Args:
-        now: what acts in the thread that asks, outside of any forward.
+        now: what acts for the code that asks, outside of any forward.
 
     Attributes:
+        changing: held while hooks and twins are put on or taken off, which the end of a
+            forward may do in its own thread.
         is_traced: whether torch.compile has seen them.
         is_more_than_added: whether adapters are in force that do more than add to outputs.
+        products: what the kernels of a GPU may compute.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, now: Callable[[], Route]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        now: Callable[[], Route],
+        products: Products | None = None,
+    ) -> None:
         self._model = model
         self.sites = sites
+        self.products = products
         self._now = now
+        self.changing = threading.RLock()
+        self._is_written = False
         self._steps = Steps()
         self._invocations = Invocations()
         self._recomputing = Recomputing()
@@ -58,8 +78,15 @@ class Hooks:
         self._number = compiled.number_of(self)
         self.is_traced = False
         self.is_more_than_added = False
+        self._is_whole = True  # whether what is told to be on is on
         self._on: dict[int, RemovableHandle] = {}
         self._on_model: list[RemovableHandle] = []
+
+    def __reduce__(self) -> str:
+        raise InputError(
+            "a model on which adapters act, or did in a block, cannot be pickled",
+            hint="host.use(None) first; save_pretrained and state_dict give the base alone",
+        )
 
     def __deepcopy__(self, _memo: object) -> "Hooks":
         """A copy of the model asks the same host."""
@@ -71,7 +98,24 @@ class Hooks:
         opened = self._steps.open
         if opened:
             return opened[-1].route
+        return BARE if self._began_without() else self._asked()
+
+    def _asked(self) -> Route:
         return self._recomputing.route(self._now) if _in_backward() else self._now()
+
+    def _began_without(self) -> bool:
+        """Whether this thread is in a forward that began before there were hooks.
+
+        Nothing acted then, and so it stays until its end.
+        """
+        if "torch._dynamo" in sys.modules:  # whose frames are not torch's
+            return False
+        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  (has no public name)
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is self._model:
+                return True
+            frame = frame.f_back
+        return False
 
     def step(self) -> Step:
         """Return the call of the model that this thread is in, or one of no shape."""
@@ -84,15 +128,20 @@ class Hooks:
 
     def put_on(self, numbers: Iterable[int]) -> bool:
         """Put hooks on the model and on these sites; return whether one is new."""
+        if not self._is_whole:  # an interrupt broke off the taking off
+            self.take_off()
         new = [number for number in numbers if number not in self._on]
-        if not self._on_model:
-            self._on_model += (
-                self._model.register_forward_pre_hook(
-                    self._before, with_kwargs=True, prepend=True
-                ),
+        if len(self._on_model) < 2:  # none, or one if an interrupt came in between
+            self._take_off_model()
+            self._on_model.append(
                 self._model.register_forward_hook(
                     self._after, with_kwargs=True, always_call=True
-                ),
+                )
+            )
+            self._on_model.append(
+                self._model.register_forward_pre_hook(
+                    self._before, with_kwargs=True, prepend=True
+                )
             )
         for number in new:
             layer = self.sites[number]
@@ -106,22 +155,54 @@ class Hooks:
         """Whether a forward of the model runs, in any thread."""
         return bool(self._running)
 
+    @contextmanager
+    def nothing_runs(self) -> Iterator[None]:
+        """Refuse forwards inside of the block, in which weights are written.
+
+        Raises:
+            InputError: one runs.
+        """
+        self.forget_broken_off()
+        with self.changing:
+            self._when_idle = None
+            self.put_on(())
+        self._is_written = True
+        try:
+            if self._running:
+                raise InputError(
+                    "the model runs",
+                    hint="merge and unmerge between two calls of the model",
+                )
+            yield
+        finally:
+            self._is_written = False
+
     def when_idle(self, act: Callable[[], None] | None) -> None:
         """Call this as soon as no forward of the model runs, which may be now."""
-        self._when_idle = act
+        with self.changing:
+            self._when_idle = act
         self._look_whether_idle()
 
     def _look_whether_idle(self) -> None:
         act = self._when_idle
         if act is not None and not self._running:
-            self._when_idle = None
-            act()
+            with self.changing:
+                if self._when_idle is act and not self._running:
+                    self._when_idle = None
+                    act()
 
     def take_off(self) -> None:
         """Remove every hook."""
-        for handle in (*self._on.values(), *self._on_model):
+        self._is_whole = False
+        for handle in self._on.values():
             handle.remove()
         self._on.clear()
+        self._take_off_model()
+        self._is_whole = True
+
+    def _take_off_model(self) -> None:
+        for handle in self._on_model:
+            handle.remove()
         self._on_model.clear()
 
     def __len__(self) -> int:
@@ -139,17 +220,26 @@ class Hooks:
         """Settle what acts until the model returns; called by torch before its forward."""
         if torch.compiler.is_compiling():
             if self.is_more_than_added:
-                self._begin_eagerly(args, kwargs, 0)
+                self._begin_eagerly(args, kwargs, None)
             return
         # What calls the hook runs until the model's forward ends.
-        self._begin_eagerly(args, kwargs, id(sys._getframe(1)))  # noqa: SLF001
+        self._begin_eagerly(args, kwargs, sys._getframe(1))  # noqa: SLF001
 
-    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], frame: int) -> None:
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], frame: FrameType | None
+    ) -> None:
         self.forget_broken_off()
-        route = self.route
-        step = Step(route, _shape(args, kwargs), frame=frame)
-        self._steps.open.append(step)  # first: what is called afterwards ends it
+        opened = self._steps.open
+        outer = opened[-1] if opened else None
+        step = Step(BARE, _shape(args, kwargs), frame=frame)
+        opened.append(step)  # first: what is called afterwards ends it
         self._running.add(step)
+        if self._is_written:
+            raise InputError(
+                "another thread merges adapters into the model's weights, or restores them",
+                hint="merge and unmerge between two calls of the model",
+            )
+        route = step.route = self._asked() if outer is None else outer.route
         if route.total is not None and step.shape and step.shape[0] != route.total:
             raise InputError(
                 f"the model was given {step.shape[0]} rows, and {route.total} have "
@@ -192,12 +282,12 @@ class Hooks:
     def _layer_hook(self, number: int, layer: nn.Module) -> Callable[..., Tensor | None]:
         """Return what torch calls after the layer's forward."""
         # A function with all it needs at hand: it is called for each layer and token.
-        steps, sites, hooks, own_number = self._steps, self.sites, self, self._number
+        steps, hooks, own_number = self._steps, self, self._number
         is_compiling = torch.compiler.is_compiling
         # Torch's own forwards give memory of their own, which no hook before us has seen.
         kind = type(layer)
         gives_fresh = kind.forward is nn.Linear.forward or is_conv1d(layer)
-        held = layer.__dict__
+        home, held = layer, layer.__dict__
         others = layer._forward_hooks  # noqa: SLF001  (torch's own name)
 
         @typing.no_type_check  # torch.compile reads its first lines
@@ -214,12 +304,13 @@ class Hooks:
                 step, route = None, hooks.route
             effect = route.effects.get(number)
             if effect is None:
-                effect = route.effects[number] = Effect(route, number, sites)
+                effect = hooks.effect_of(route, number)
             if effect.is_nothing:
                 return None
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             is_fresh = (
                 gives_fresh
+                and layer is home  # and no copy of it
                 and type(y) is Tensor
                 and len(others) == 1
                 and not _ON_ALL
@@ -231,35 +322,33 @@ class Hooks:
         hook: Callable[..., Tensor | None] = add
         return hook
 
-    def effect(self, site: int, *, again: bool = False) -> Effect | None:
-        """Return what acts now on a layer, for compiled code; None where nothing does.
-
-        Args:
-            site: number of the layer.
-            again: for a backward, whose forward must have seen the same.
+    def traced(self, site: int) -> Route:
+        """Return what acts now on a layer of compiled code.
 
         Raises:
-            InputError: other adapters act than in the forward.
+            InputError: a backward computes the layer once more, and others act than did.
         """
         route = self.route
-        if again:
-            before = self._traced.get(site)
-            if before is None or not before.is_same(route):
-                raise InputError(
-                    "other adapters act in the backward of compiled code than did in its "
-                    "forward",
-                    where=self.sites.path(site),
-                    hint="call backward() before other adapters are used",
-                )
-        else:
+        if not _in_backward():
             self._traced[site] = route
-        return self.effect_of(route, site) if route.entries else None
+            return route
+        before = self._traced.get(site)
+        if before is None or not before.is_same(route):
+            raise InputError(
+                "other adapters act in the backward of compiled code than did in its "
+                "forward",
+                where=self.sites.path(site),
+                hint="call backward() before other adapters are used",
+            )
+        return route
 
     def effect_of(self, route: Route, site: int) -> Effect:
         """Return what a route does on a layer."""
         found: Effect | None = route.effects.get(site)
         if found is None:
-            found = route.effects[site] = Effect(route, site, self.sites)
+            found = Effect(route, site, self.sites, self.products)
+            # The bare route is everybody's and must not hold what is a model's.
+            found = route.effects[site] = _NOTHING if found.is_nothing else found
         return found
 
 
@@ -276,7 +365,7 @@ def _traced_hook(
     x = args[0] if args else next(iter(kwargs.values()))
     if hooks.is_more_than_added:
         return _eager_hook(hooks, site, layer, x, y)
-    return torch.ops.lora_hub.add(x, y, number, site)
+    return torch.ops.lora_hub.add(x, y, number, site)[0]
 
 
 @uncompiled

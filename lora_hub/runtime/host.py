@@ -17,8 +17,9 @@ deep copy of the model follows the same host.
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,15 +32,18 @@ from lora_hub.manifest.document import Policy
 from lora_hub.runtime.bank import Bank, Lease
 from lora_hub.runtime.budget import Memory
 from lora_hub.runtime.changed import Acting
+from lora_hub.runtime.graphs import Graphs
 from lora_hub.runtime.hooks import Hooks
 from lora_hub.runtime.in_force import InForce, Used, Weights, What, weights_of
 from lora_hub.runtime.in_place import InPlace
-from lora_hub.runtime.layers import reserved_layers
+from lora_hub.runtime.layers import ALL_LINEAR, reserved_layers
 from lora_hub.runtime.loading import Find, Loaded, Loader
 from lora_hub.runtime.merged import Keep, Merged, merge
+from lora_hub.runtime.product import Kernels, Products
 from lora_hub.runtime.report import LoadReport
 from lora_hub.runtime.resident import Resident
-from lora_hub.runtime.route import Route, Set, by_rows, for_all
+from lora_hub.runtime.rivals import Rivals
+from lora_hub.runtime.route import BARE, Route, Set, by_rows, for_all
 from lora_hub.runtime.sites import Sites
 from lora_hub.runtime.slab import reside
 from lora_hub.runtime.survived import MergedReport
@@ -61,6 +65,9 @@ class Host:
         reserve: layers that get their hook at once and keep it, so that a model compiled
             afterwards is not compiled again whatever is used: "all-linear", or names of
             layers or the ends of their paths.
+        kernels: what computes products of factors on a GPU: "torch"; "triton", the
+            grouped kernels, for all that they can; "auto", those for rows with adapters of
+            their own, where they run. See `product.py`.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Host:
         budget: int | None = None,
         host_budget: int | None = None,
         reserve: str | Sequence[str] = (),
+        kernels: Kernels = "auto",
     ) -> None:
         self._model: nn.Module | None = model
         self._loaded: dict[str, Loaded] = {}
@@ -78,12 +86,18 @@ class Host:
         self._in_force = InForce()
         self._merged: tuple[Merged, Used] | None = None
         self._lock = threading.RLock()
+        self._changes = 0  # of names, that are going on
+        self._is_untidy = False
         self._sites = Sites(model)
         self._bank = Bank(self._sites, budget=budget, host_budget=host_budget)
         self._loader = Loader(model, find, self._bank)
         self._in_place = InPlace(model)
-        self._hooks = Hooks(model, self._sites, lambda: self._in_force.now.route)
+        products = Products.of(model, self._sites, kernels)
+        self._graphs = None if products is None else Graphs(products, self._sites)
+        self._hooks = Hooks(model, self._sites, lambda: self._in_force.now.route, products)
         self._twins = Twins(model, self._sites, self._hooks.step)
+        self._rivals = Rivals(self, model)
+        self._rivals.check()
         reserved = reserved_layers(model, reserve)
         self._is_reserved = bool(reserved)
         if reserved:
@@ -94,7 +108,12 @@ class Host:
         if self._model is None:
             return "Host(detached)"
         loaded = ", ".join(self._loaded) or "none"
-        used = ", ".join(f"{name}={weight:g}" for name, weight in self.used.items())
+        try:
+            weights = self.used
+        except InputError:  # a generator stands still, and it is not known
+            used = "?"
+        else:
+            used = ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
         model = type(self._model).__name__
         merged = ", merged" if self._merged else ""
         return f"Host({model}, loaded: {loaded}, used: {used or 'none'}{merged})"
@@ -116,6 +135,12 @@ class Host:
     def memory(self) -> Memory:
         """What the loaded adapters take, and where they are; `str` of it is a sentence."""
         return self._bank.memory
+
+    @property
+    def acts(self) -> bool:
+        """Whether the model is changed by this host, for any thread."""
+        used = self._in_force.everything
+        return self._merged is not None or any(each.route.entries for each in used)
 
     def load(
         self,
@@ -155,10 +180,12 @@ class Host:
                     hint=f"host.unload({name!r}) first, or give this one a name with "
                     f"as_=...; host.swap({name!r}, ...) puts it in the other's place",
                 )
-        made = self._loader.loaded(
-            given, policy, self._loaded_already(given.adapter, known)
-        )
-        self._take_in(name, made, known)
+        with self._tidy():
+            self._unmerged()  # nothing is merged from here on: weights are read
+            made = self._loader.loaded(
+                given, policy, self._loaded_already(given.adapter, known)
+            )
+            self._take_in(name, made, known)
         return made.report
 
     def swap(
@@ -199,8 +226,10 @@ class Host:
                 hint="another swap came first; look at host.adapters and decide again",
             )
         given = self._loader.found(what, name)
-        made = self._loader.loaded(given, policy, self._loaded_already(given.adapter))
-        self._take_in(name, made, old)
+        with self._tidy():
+            self._unmerged()
+            made = self._loader.loaded(given, policy, self._loaded_already(given.adapter))
+            self._take_in(name, made, old)
         return made.report
 
     def use(self, what: What) -> None:
@@ -220,18 +249,13 @@ class Host:
                 would do nothing.
             FitError: a layer of the model was replaced since the adapter was loaded.
         """
-        self._unmerged()
-        if self._in_force.is_in_block:
+        if self._in_force.blocks.now is not None:
             raise InputError(
                 "a block of `using` or `rows` is open in this thread, and what it asks for "
                 "acts until it ends",
                 hint="leave the block first, or open another one inside of it",
             )
-        with self._lock:
-            new = self._used((weights_of(what),), None)
-            old, self._in_force.all = self._in_force.all, new
-            old.release()
-            self._let_go()
+        self._put_in_force((weights_of(what),), None, self._use)
 
     @contextmanager
     def using(self, what: What) -> Iterator[None]:
@@ -251,7 +275,8 @@ class Host:
         """Let each row of a batch use adapters of its own inside a `with` block.
 
         The model is then called with as many rows, in the same order. Rows without an
-        adapter are the base's, bit for bit.
+        adapter are the base's, bit for bit, but that a module of which an adapter replaces
+        a tensor multiplies them apart from the others, which may round otherwise.
 
         Args:
             entries: for each row what `use` takes: a name, names with weights, or None.
@@ -271,6 +296,58 @@ class Host:
         with self._block(tuple(weights_of(what) for what in entries), each):
             yield
 
+    @contextmanager
+    def capturing(
+        self,
+        *,
+        reserve: str | Sequence[str] = ALL_LINEAR,
+        per_row: int = 4,
+        max_rank: int = 64,
+    ) -> Iterator[None]:
+        """Let what acts now act in a way that a CUDA graph captured inside can replay.
+
+        Whatever is used or swapped in afterwards, the graph does when it is replayed next:
+        see `graphs.py`. Call the model once inside of the block before it is captured.
+        Open `rows` or `using` outside of it.
+
+        Args:
+            reserve: layers that later adapters may change, as for `Host`.
+            per_row: how many adapters may act on one row.
+            max_rank: of which rank an adapter may be.
+
+        Raises:
+            InputError: the kernels do not run here, cannot do what acts now, or graphs
+                were captured before with less room. From then on, `use`, `rows` and `swap`
+                raise it for what the graphs cannot do.
+        """
+        model, graphs = self._unmerged(), self._graphs
+        if graphs is None:
+            raise InputError(
+                "no kernels that a captured graph could replay run on this model",
+                hint="they need Triton and an NVIDIA GPU since Ampere, and a host that is "
+                "not attached with kernels='torch'",
+            )
+        now = self._in_force.now
+        block = self._in_force.blocks.new(Used())
+
+        def begin(used: Used) -> None:
+            layers = reserved_layers(model, reserve)
+            numbers = [self._sites.number(layer) for layer in layers]
+            route = graphs.begin(used.route, numbers, per_row=per_row, max_rank=max_rank)
+            if self._hooks.put_on(numbers):
+                _forget_compiled()
+            used.route = route
+            block.what = used
+            self._in_force.blocks.begin(block)
+            self._flip()
+
+        try:
+            self._put_in_force(now.sets, now.each, begin)
+            yield
+        finally:
+            self._in_force.end(block)
+            self._flip()
+
     def merge(
         self,
         what: What = None,
@@ -278,6 +355,7 @@ class Host:
         keep: Keep = "memory",
         untie: bool = False,
         verify: bool = False,
+        measure: bool = True,
     ) -> MergedReport:
         """Write adapters into the model's weights, so that they cost nothing to use.
 
@@ -289,35 +367,56 @@ class Host:
             keep: "memory" or the folder of the checkpoint, see `merged.py`.
             untie: see `merged.py`.
             verify: see `merged.py`.
+            measure: whether to find out what the rounding left of each change, which takes
+                about as long as merging.
 
         Raises:
-            InputError: adapters are merged already, nothing is used, or a forward runs or
-                a block is open.
+            InputError: adapters are merged already, nothing is used, a forward runs, a
+                block is open, or another thread loads an adapter.
             LoraHubError: see `merged.py`; the weights then have the bits they had.
         """
-        model = self._unmerged()
         with self._lock:
+            model = self._unmerged()
             sets = self._in_force.all.sets if what is None else (weights_of(what),)
             weights = sets[0] if sets else {}
             if not any(weights.values()):
                 raise InputError(
                     "nothing is used that could be merged", hint="host.use(...)"
                 )
-            if self._in_force.open or self._hooks.is_running:
+            if self._in_force.is_any_open:
                 raise InputError(
-                    "the model runs, or a block of `using` or `rows` is open",
-                    hint="merge between two calls of the model",
+                    "a block of `using` or `rows` is open",
+                    hint="merge after all blocks have ended",
                 )
+            if self._changes:
+                raise InputError(
+                    "another thread loads or swaps an adapter, which reads the weights",
+                    hint="merge once it has ended",
+                )
+            self._rivals.check()
             acting = [self._acting(name, w) for name, w in weights.items() if w]
-            merged = merge(model, acting, keep=keep, untie=untie, verify=verify)
             try:
-                new = self._left(merged.left, weights)
-            except BaseException:
-                merged.unmerge()
-                raise
-            old, self._in_force.all = self._in_force.all, new
-            self._merged = merged, old
-            self._let_go()
+                with self._hooks.nothing_runs():
+                    merged = None
+                    try:
+                        merged = merge(
+                            model,
+                            acting,
+                            keep=keep,
+                            untie=untie,
+                            verify=verify,
+                            measure=measure,
+                        )
+                        new, old = self._left(merged.left, weights), self._in_force.all
+                        self._merged, self._in_force.all = (merged, old), new
+                        self._flip()
+                    except BaseException:
+                        self._merged = None
+                        if merged is not None:
+                            merged.unmerge()
+                        raise
+            finally:
+                self._let_go()
         return merged.report
 
     def unmerge(self, *, overwrite: bool = False) -> None:
@@ -333,11 +432,18 @@ class Host:
             if self._merged is None:
                 return
             merged, old = self._merged
-            merged.unmerge(overwrite=overwrite)
-            self._merged = None
-            self._put_on(old.route)
-            self._in_force.all = old
-            self._let_go()
+            self._put_on(old.route)  # first: it may be refused
+            try:
+                with self._hooks.nothing_runs():
+                    try:
+                        merged.unmerge(overwrite=overwrite)
+                    finally:
+                        # An interrupt is told once everything is put back.
+                        if not merged.is_merged:
+                            self._merged, self._in_force.all = None, old
+                            self._flip()
+            finally:
+                self._let_go()
 
     def unload(self, name: str) -> None:
         """Let an adapter go.
@@ -348,7 +454,7 @@ class Host:
                 when a block ends or when merged weights are restored.
         """
         self._attached()
-        with self._lock:
+        with self._tidy(), self._lock:
             loaded = self._get(name)
             held = (*self._in_force.everything, *(self._merged or ())[1:])
             if any(name in used.names for used in held if isinstance(used, Used)):
@@ -370,40 +476,94 @@ class Host:
             return
         self.unmerge()
         with self._lock:
+            if self._graphs is not None:
+                self._graphs.let_go()
+                self._graphs = None
             for each in self._in_force.everything:
-                each.sets, each.route = (), Route()
+                each.sets, each.route = (), BARE
                 each.release()
-            self._hooks.when_idle(self._take_off)
-            keys = {each.key for each in self._loaded.values()}
+            self._hooks.when_idle(partial(_take_off, self._hooks, self._twins))
+            self._rivals.leave()
             self._loaded.clear()
             self._by_key.clear()
-            for key in keys:
-                self._bank.drop(key)
-            self._model = None
+            # Whoever still has the host does not keep the model with it.
+            self._model, self._bank = None, Bank(Sites())
+            del self._sites, self._loader, self._in_place, self._hooks, self._twins
 
     @contextmanager
     def _block(self, sets: Sets, each: int | None) -> Iterator[None]:
-        self._unmerged()
-        with self._lock:
-            used = self._used(sets, each)
-            self._in_force.begin(used)
+        # What is asked for is there before it is known how, so that whatever is
+        # interrupted, all of it ends. That waits for nobody: it may be the garbage
+        # collector that ends a generator, wherever it runs.
+        block = self._in_force.blocks.new(Used())
+
+        def begin(used: Used) -> None:
+            block.what = used
+            self._in_force.blocks.begin(block)
+            self._flip()
+
         try:
+            self._put_in_force(sets, each, begin)
             yield
         finally:
+            self._in_force.end(block)
+            self._flip()
+
+    def _use(self, new: Used) -> None:
+        old, self._in_force.all = self._in_force.all, new
+        self._flip()
+        old.end()
+        self._let_go()
+
+    def _flip(self) -> None:
+        """Let captured graphs know what is in force."""
+        if self._graphs:
+            self._graphs.flip([used.route for used in self._in_force.everything])
+
+    def _put_in_force(
+        self, sets: Sets, each: int | None, act: Callable[[Used], None]
+    ) -> None:
+        """Do this with what is asked for, leased and with all in place that it needs.
+
+        Others go on while adapters come from disk. On any error what is in force stays as
+        it is.
+        """
+        names = list(dict.fromkeys(name for one in sets for name in one))
+        acts = [name for name in names if any(one.get(name) for one in sets)]
+        while True:
             with self._lock:
-                self._in_force.end(used)
-                used.release()
+                self._unmerged()
+                keys = {name: self._get(name).key for name in names}
+                if acts:
+                    self._rivals.check()
+                    self._check_in_place(acts)
+            try:
+                lease = self._bank.lease(keys[name] for name in acts)
+            except NotFoundError:  # unloaded meanwhile
+                if keys == {name: self._get(name).key for name in names}:
+                    raise
+                continue
+            try:
+                with self._lock:
+                    self._unmerged()
+                    if keys == {name: self._get(name).key for name in names}:
+                        act(Used(sets, each, self._route(sets, each, lease), lease))
+                        return
+            except BaseException:
+                # What came into force before an interrupt stays leased.
+                if all(used.lease is not lease for used in self._in_force.everything):
+                    lease.release()
+                raise
+            lease.release()  # swapped meanwhile
 
     def _used(self, sets: Sets, each: int | None) -> Used:
         """Return what is asked for, leased and with all in place that it needs to act.
 
         On any error what is in force stays as it is.
         """
-        loaded = {name: self._get(name) for one in sets for name in one}
         acts = {name for one in sets for name, weight in one.items() if weight}
-        self._check_in_place(loaded, acts)
-        keys = [loaded[name].key for name in loaded if name in acts]
-        lease = self._bank.lease(keys)
+        self._check_in_place(acts)
+        lease = self._bank.lease(self._get(name).key for name in acts)
         try:
             return Used(sets, each, self._route(sets, each, lease), lease)
         except BaseException:
@@ -437,10 +597,15 @@ class Host:
 
     def _put_on(self, route: Route) -> None:
         """Have all in place that the route needs to act."""
+        if self._graphs:
+            self._graphs.check(route)
         self._hooks.forget_broken_off()
-        if not route.entries:
-            return
-        self._hooks.when_idle(None)
+        if route.entries:
+            with self._hooks.changing:
+                self._hooks.when_idle(None)
+                self._put_on_hooks(route)
+
+    def _put_on_hooks(self, route: Route) -> None:
         if not route.adds_only:
             for segment in route.segments:
                 self._twins.put_on(segment.set)
@@ -454,29 +619,18 @@ class Host:
         """Take off what nothing in force needs, once the forwards that need it are over."""
         self._hooks.forget_broken_off()
         everything = self._in_force.everything
-        is_bare = not self._in_force.open and not self._in_force.all.route.entries
+        is_bare = not self._in_force.is_any_open and not self._in_force.all.route.entries
         # Hooks that compiled code has seen stay, so that nothing is compiled again.
         if is_bare and not self._hooks.is_traced and not self._is_reserved:
-            self._hooks.when_idle(self._take_off)
+            self._hooks.when_idle(partial(_take_off, self._hooks, self._twins))
         elif all(each.route.adds_only for each in everything):
-            self._hooks.when_idle(self._take_off_twins)
-
-    def _take_off(self) -> None:
-        if self._hooks.is_traced:
-            _forget_compiled()
-        self._hooks.take_off()
-        self._take_off_twins()
-
-    def _take_off_twins(self) -> None:
-        if self._hooks.is_more_than_added:
-            _forget_compiled()
-        self._hooks.is_more_than_added = False
-        self._twins.take_off()
+            self._hooks.when_idle(partial(_take_off_twins, self._hooks, self._twins))
 
     def _take_in(self, name: str, made: Loaded, old: Loaded | None) -> None:
         """Give the name to what was loaded, wherever it is used."""
         try:
             with self._lock:
+                self._unmerged()
                 if self._loaded.get(name) is not old or made.key not in self._bank:
                     raise InputError(
                         "another thread loaded, exchanged or unloaded an adapter of this "
@@ -508,8 +662,8 @@ class Host:
                 used.release()
             raise
         for each, used in zip(concerned, new, strict=True):
-            each.release()
-            each.route, each.lease = used.route, used.lease
+            each.exchange(used)
+        self._flip()
 
     def _name(self, name: str, loaded: Loaded | None) -> None:
         """Let a name mean this adapter, or none any more."""
@@ -529,6 +683,7 @@ class Host:
             FitError: a layer it acts on was replaced since.
         """
         with self._lock:
+            self._unmerged()
             if known is None and adapter.digest is not None:
                 same = self._by_key.get(adapter.digest)
                 known = next(iter(same.values())) if same else None
@@ -541,6 +696,33 @@ class Host:
                 hint=f"host.unload({name!r}) first",
             )
         return known
+
+    @contextmanager
+    def _tidy(self) -> Iterator[None]:
+        """Leave nothing in the bank without a name, wherever an interrupt comes.
+
+        Nothing is merged inside of the block.
+        """
+        with self._lock:
+            self._changes += 1
+        try:
+            yield
+        except BaseException:
+            self._is_untidy = True
+            raise
+        finally:
+            with self._lock:
+                self._changes -= 1
+                if self._is_untidy and not self._changes:
+                    self._is_untidy = False
+                    self._sweep()
+
+    def _sweep(self) -> None:
+        self._by_key.clear()
+        for name, loaded in self._loaded.items():
+            self._by_key.setdefault(loaded.key, {})[name] = loaded
+        for key in self._bank.keys:
+            self._drop(key)
 
     def _drop(self, key: str) -> None:
         """Let the bank forget an adapter that no name means any more."""
@@ -594,11 +776,11 @@ class Host:
                 else "nothing is loaded; host.load(...) first",
             ) from None
 
-    def _check_in_place(self, loaded: Mapping[str, Loaded], acts: set[str]) -> None:
+    def _check_in_place(self, names: Collection[str]) -> None:
         """Refuse layers that the model does not call any more: a hook would do nothing."""
         gone = self._in_place.gone()
-        for name in acts if gone else ():
-            for module in loaded[name].modules:
+        for name in names if gone else ():
+            for module in self._get(name).modules:
                 if module in gone:
                     raise FitError(
                         f"the layer {self._in_place.path(module)} was replaced after the "
@@ -606,6 +788,20 @@ class Host:
                         where=name,
                         hint=f"host.unload({name!r}) and load it again",
                     )
+
+
+def _take_off(hooks: Hooks, twins: Twins) -> None:
+    if hooks.is_traced:
+        _forget_compiled()
+    hooks.take_off()
+    _take_off_twins(hooks, twins)
+
+
+def _take_off_twins(hooks: Hooks, twins: Twins) -> None:
+    if hooks.is_more_than_added:
+        _forget_compiled()
+    hooks.is_more_than_added = False
+    twins.take_off()
 
 
 def _forget_compiled() -> None:

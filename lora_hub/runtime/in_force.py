@@ -1,13 +1,13 @@
-"""What is in force: what `use`, `using` and `rows` asked for, everywhere or in a thread."""
+"""What is in force: what `use`, `using` and `rows` asked for, everywhere or in a block."""
 
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
 from lora_hub.errors import InputError
 from lora_hub.runtime.bank import Lease
+from lora_hub.runtime.blocks import Block, Blocks
 from lora_hub.runtime.route import BARE, Route
 
 Weights = Mapping[str, float]
@@ -21,12 +21,14 @@ class Used:
     Attributes:
         sets: names with weights: one for all rows, or one for each row or `each` rows.
         each: None where the one set is for all rows.
+        is_over: whether nobody asks for it any more.
     """
 
     sets: tuple[dict[str, float], ...] = ()
     each: int | None = None
     route: Route = BARE
     lease: Lease | None = None
+    is_over: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -48,47 +50,54 @@ class Used:
         if lease is not None:
             lease.release()
 
+    def exchange(self, other: "Used") -> None:
+        """Take over another's route and lease; it may end meanwhile in its own thread."""
+        self.release()
+        self.route, self.lease = other.route, other.lease
+        if self.is_over:
+            other.release()
 
-class _Blocks(threading.local):
-    def __init__(self) -> None:
-        self.open: list[Used] = []
+    def end(self) -> None:
+        """Let go, for good. Takes no lock, so that it may happen anywhere.
+
+        The route stays: who asked what acts a moment ago is about to read it.
+        """
+        self.is_over = True
+        self.release()
 
 
 @dataclass(slots=True)
 class InForce:
-    """What acts: `all` in every thread that has no block open.
-
-    Attributes:
-        open: the blocks of all threads.
-    """
+    """What acts: `all` wherever no block is open."""
 
     all: Used = field(default_factory=Used)
-    open: list[Used] = field(default_factory=list)
-    _blocks: _Blocks = field(default_factory=_Blocks)
+    blocks: Blocks[Used] = field(default_factory=Blocks)
 
     @property
     def now(self) -> Used:
-        """What acts in this thread: its innermost block, else what acts in all."""
-        blocks = self._blocks.open
-        return blocks[-1] if blocks else self.all
+        """What acts for the code that asks: its innermost block, else what acts in all.
+
+        Raises:
+            InputError: see `Blocks.now`.
+        """
+        return self.blocks.now or self.all
 
     @property
-    def is_in_block(self) -> bool:
-        return bool(self._blocks.open)
+    def is_any_open(self) -> bool:
+        """Whether a block is open in any thread."""
+        return bool(self.blocks.open)
 
     @property
     def everything(self) -> tuple[Used, ...]:
-        return (self.all, *self.open)
+        open_ = (block.what for block in tuple(self.blocks.open))
+        return (self.all, *(each for each in open_ if each is not None))
 
-    def begin(self, used: Used) -> None:
-        """Open a block in this thread."""
-        self.open.append(used)
-        self._blocks.open.append(used)
-
-    def end(self, used: Used) -> None:
-        """Close a block of this thread."""
-        self._blocks.open.remove(used)
-        self.open.remove(used)
+    def end(self, block: Block[Used]) -> None:
+        """Close a block and let go what it needed."""
+        used = block.what
+        self.blocks.end(block)
+        if used is not None:
+            used.end()
 
 
 def weights_of(what: What) -> dict[str, float]:

@@ -13,6 +13,9 @@ from lora_hub.adapter.update import Update
 from lora_hub.errors import FitError, InputError
 from lora_hub.manifest.document import Layer
 from lora_hub.runtime.added import embed_scale, is_conv1d
+from lora_hub.runtime.quantised import kind_of
+from lora_hub.runtime.sharded import refusal
+from lora_hub.runtime.shares import is_spread
 
 ALL_LINEAR = "all-linear"  # every linear layer, as PEFT calls it
 SHOWN = 3  # reasons named in one message; the error carries all of them
@@ -143,7 +146,9 @@ def _place(modules: Mapping[str, nn.Module], target: str, update: Update) -> Pla
     module = modules.get(target)
     if module is None:
         return "does not exist in the model"
-    reason = _KINDS[update.layer](module, update)
+    reason = _KINDS[update.layer](module, update) or refusal(
+        module, update.layer, has_q=update.q is not None
+    )
     return reason or Place(module, is_transposed=_is_transposed(module, update.layer))
 
 
@@ -206,6 +211,8 @@ def _experts(modules: Mapping[str, nn.Module], target: str, update: Update) -> P
         return "does not exist in the model as a parameter"
     if tensor.dim() not in (2, 3):
         return f"is a parameter of {tensor.dim()} axes, expected 2 or 3"
+    if (reason := _not_its_numbers(tensor)) is not None:
+        return reason
     place = Place(module, name, is_transposed=bool(getattr(module, "is_transposed", False)))
     return _other_shape(place, update) or place
 
@@ -222,6 +229,8 @@ def _tensor(
         return "does not exist in the model"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "is inside a torch.nn.MultiheadAttention, which does not call its module"
+    if (reason := _not_its_numbers(tensor)) is not None:
+        return reason
     new, rows = replaced.tensor.shape, replaced.rows
     found = tuple(tensor.shape)
     wanted = tuple(new) if rows is None else (*found[:1], *new[1:])
@@ -230,6 +239,14 @@ def _tensor(
     if rows is not None and (not found or max(rows, default=0) >= found[0]):
         return f"has {found[0] if found else 0} rows, the adapter brings row {max(rows)}"
     return Place(module, name)
+
+
+def _not_its_numbers(tensor: Tensor) -> str | None:
+    """Return why a tensor cannot be put in the place of this one, None where one can."""
+    if is_spread(tensor):
+        return "is spread over processes, and would have to be whole"
+    kind = kind_of(tensor)
+    return None if kind is None else f"is quantised, a {kind}; leave this module as it was"
 
 
 def _other_shape(place: Place, update: Update) -> str | None:

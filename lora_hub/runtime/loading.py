@@ -19,6 +19,7 @@ from lora_hub.base.fit import Fit
 from lora_hub.errors import InputError
 from lora_hub.formats.source import AdapterSource
 from lora_hub.manifest.document import Base, Policy
+from lora_hub.runtime.alike import Structures
 from lora_hub.runtime.bank import Bank, Reload
 from lora_hub.runtime.base_view import Known, ModelBase
 from lora_hub.runtime.prepare import Norms, Prepared, prepare
@@ -103,6 +104,7 @@ class Loader:
         self._bank = bank
         self._digests: Known = {}
         self._numbers = itertools.count()
+        self._structures = Structures(model)
 
     def found(self, what: What, as_: str | None) -> Given:
         """Return the adapter that is meant, in the host's memory.
@@ -151,7 +153,7 @@ class Loader:
         if known is not None:
             report = _report(given, fit, known.about)
             return replace(known, report=report)
-        prepared = prepare(self._model, adapter, where=name)
+        prepared = prepare(self._model, adapter, where=name, structures=self._structures)
         key = adapter.digest or f"memory:{next(self._numbers)}"
         self._bank.put(
             key,
@@ -162,21 +164,16 @@ class Loader:
         )
         about = (*prepared.notes, *unidentified(adapter))
         report = _report(given, fit, about)
-        places = (
-            *(each.place for each in prepared.updates.values()),
-            *(place for place, _ in prepared.replaced.values()),
-        )
-        modules = tuple(dict.fromkeys(place.module for place in places))
         kept = None if adapter.digest else adapter
-        return Loaded(key, report, kept, modules, about)
+        return Loaded(key, report, kept, prepared.modules, about)
 
     def _reload(self, given: Given, again: Callable[[], AdapterSource]) -> Reload:
-        model, name = self._model, given.name
+        model, name, structures = self._model, given.name, self._structures
         version, digest = given.adapter.version, given.adapter.digest
 
         def reload(norms: Norms) -> Prepared:
             adapter = load(again(), name=name, version=version, digest=digest)
-            return prepare(model, adapter, where=name, norms=norms)
+            return prepare(model, adapter, where=name, norms=norms, structures=structures)
 
         return reload
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_hub import digest
+from lora_hub.adapter.merged_rows import Scratch
 from lora_hub.adapter.tensor_bytes import to_bytes
 from lora_hub.errors import InputError
 from lora_hub.runtime.changed import Acting, Changed, changes
@@ -40,6 +41,7 @@ def merge(
     keep: Keep = "memory",
     untie: bool = False,
     verify: bool = False,
+    measure: bool = True,
 ) -> "Merged":
     """Write what the adapters make of the model's weights into them.
 
@@ -54,6 +56,8 @@ def merge(
             several where the adapters change their uses unlike.
         verify: whether to take digests of what was merged, so that `unmerge` notices every
             change, also one that torch does not count.
+        measure: whether to find out how much of each change survived the rounding, which
+            takes about as long as the rest.
 
     Raises:
         InputError: `keep` is no checkpoint, a weight no finite number.
@@ -65,30 +69,29 @@ def merge(
     After an error, or an interrupt, every weight has the bits it had.
     """
     plan = changes(model, acting, untie=untie)
-    keeper: Keeper = InMemory() if keep == "memory" else InCheckpoint(Path(keep))
+    keeper: Keeper = InMemory(plan.nbytes) if keep == "memory" else InCheckpoint(Path(keep))
     held: list[_Held] = []
     survived: list[Survived] = []
+    scratch = Scratch()
     try:
         for each in plan.tensors:
             one = _Held.taken(each, keeper)
             held.append(one)
             with _writing(one.into):
-                survived.append(write(each, one.into))
+                found = write(each, one.into, scratch, measure=measure)
+            survived += () if found is None else (found,)
             one.put_in()
         _wait_for(held)
         for one in held:
             one.seal(verify=verify)
+        kept_bytes = sum(one.pristine.nbytes for one in held)
+        where = None if keep == "memory" else str(keep)
+        report = MergedReport(len(held), tuple(survived), kept_bytes, where, plan.notes)
+        return Merged(report, plan.left, held, keeper)
     except BaseException:
         _put_back(held)
         keeper.close()
         raise
-    report = MergedReport(
-        tuple(survived),
-        sum(one.pristine.nbytes for one in held),
-        None if keep == "memory" else str(keep),
-        plan.notes,
-    )
-    return Merged(report, plan.left, held, keeper)
 
 
 class Merged:

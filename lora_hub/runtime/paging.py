@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_hub.runtime.memory import allocate
 from lora_hub.runtime.resident import Factors, Resident
-from lora_hub.runtime.slab import Allocate, Plan
+from lora_hub.runtime.slab import Allocate, AtFirstUse, Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,16 +60,19 @@ def brought(staged: Staged, allocate: Allocate = allocate) -> Resident:
         if device.type == "cuda":
             # Other threads may run on other streams, which do not wait for this one.
             torch.cuda.current_stream(device).synchronize()
-    return onto(staged.resident, tuple(moved.values()))
+    return onto(staged.resident, moved)
 
 
-def onto(resident: Resident, slabs: tuple[tuple[Tensor, Tensor], ...]) -> Resident:
+def onto(
+    resident: Resident, moved: Mapping[torch.device, tuple[Tensor, Tensor]]
+) -> Resident:
     """Return the same views of other slabs.
 
     Args:
         resident: made of views of the first of each pair.
-        slabs: a slab, and the one that takes its place, as large.
+        moved: device → the slab for it, and the one that takes its place, as large.
     """
+    slabs = tuple(moved.values())
     # By where the memory begins: views do not know their slab otherwise.
     homes = {slab.untyped_storage().data_ptr(): (slab, other) for slab, other in slabs}
 
@@ -95,17 +98,18 @@ def onto(resident: Resident, slabs: tuple[tuple[Tensor, Tensor], ...]) -> Reside
             bias_scale=vector(each.bias_scale),
         )
 
-    return Resident(
-        name=resident.name,
-        key=resident.key,
-        at={site: factors(each) for site, each in resident.at.items()},
+    at = resident.at
+    return replace(
+        resident,
+        at=at.on({device: other for device, (_, other) in moved.items()})
+        if isinstance(at, AtFirstUse)
+        else {site: factors(each) for site, each in at.items()},
         experts={where: factors(each) for where, each in resident.experts.items()},
         replaced={
             where: replace(each, tensor=view(each.tensor))
             for where, each in resident.replaced.items()
         },
-        tokens=resident.tokens,
-        nbytes=resident.nbytes,
+        devices=frozenset(other.device for _, other in slabs),
     )
 
 

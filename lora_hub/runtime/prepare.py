@@ -4,7 +4,7 @@ What is decided here does not depend on which adapters act or with what weight. 
 out still holds the adapter's own tensors; `slab.py` brings their numbers beside the layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,8 +16,11 @@ from lora_hub.adapter.layout import to_matrix
 from lora_hub.adapter.resolve import norms_of, with_norms
 from lora_hub.adapter.update import Update
 from lora_hub.errors import FitError
+from lora_hub.runtime.alike import Alike, Structures, structure_of
 from lora_hub.runtime.dtypes import COMPUTES
 from lora_hub.runtime.layers import Place, Places, places_of, shared_tensors
+from lora_hub.runtime.quantised import is_packed, kind_of, numbers_of
+from lora_hub.runtime.sharded import refusal, spread_of
 
 # The id of a tensor in several places → those places, with their names.
 Shared = Mapping[int, tuple[tuple[str, Place], ...]]
@@ -44,16 +47,59 @@ class Prepared:
         notes: what a person should hear.
         norms: what it took to resolve DoRA, on the CPU, so that it need not be asked of
             the weights again.
+        alike: what it has in common with adapters of its structure; None where that is
+            not kept.
     """
 
     updates: Mapping[str, Aimed]
     replaced: Mapping[str, tuple[Place, Replaced]]
     notes: tuple[str, ...] = ()
     norms: Norms = field(default_factory=dict)
+    alike: Alike | None = None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The layers on which it acts."""
+        if self.alike is not None:
+            return self.alike.modules
+        aimed = (each.place for each in self.updates.values())
+        places = (*aimed, *(place for place, _ in self.replaced.values()))
+        return tuple(dict.fromkeys(place.module for place in places))
+
+    def update(self, target: str) -> Update:
+        """Return what `updates` has under the name, and nothing else is made."""
+        updates = self.updates
+        if isinstance(updates, _Plain):
+            return updates.given[target]
+        return updates[target].update
+
+
+class _Plain(Mapping[str, Aimed]):
+    """Updates of an adapter of a known structure, aimed when they are asked for."""
+
+    def __init__(self, alike: Alike, given: Mapping[str, Update]) -> None:
+        self._alike = alike
+        self.given = given
+
+    def __getitem__(self, target: str) -> Aimed:
+        update = self.given[target]
+        dtype = torch.promote_types(update.a.dtype, update.b.dtype)
+        return Aimed(self._alike.places[target], update, dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
 
 
 def prepare(
-    model: nn.Module, adapter: Adapter, *, where: str, norms: Norms | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    where: str,
+    norms: Norms | None = None,
+    structures: Structures | None = None,
 ) -> Prepared:
     """Return the adapter ready for the model.
 
@@ -63,18 +109,32 @@ def prepare(
         where: what to call it in messages.
         norms: of an earlier `prepare` of the same adapter; the weights, which may have
             changed since, are then not read.
+        structures: what is known of adapters of this model, and what is found is kept in.
 
     Raises:
         FitError: as `places_of`; or an update needs a weight that cannot be computed with,
             or an aLoRA changes what does not go token by token.
     """
+    structure = None if structures is None else structure_of(adapter)
+    if structures is None or structure is None:
+        return _prepared(model, adapter, where, norms or {})
+    known = structures.now()  # before the model is looked at
+    alike = known.find(structure)
+    if alike is not None:
+        return Prepared(_Plain(alike, adapter.updates), {}, alike.notes, alike=alike)
+    made = _prepared(model, adapter, where, {})
+    places = {target: aimed.place for target, aimed in made.updates.items()}
+    return replace(made, alike=known.keep(structure, places, made.notes))
+
+
+def _prepared(model: nn.Module, adapter: Adapter, where: str, norms: Norms) -> Prepared:
     places = places_of(model, adapter, where=where)
     replaced = {
         name: (place, adapter.replaced[name]) for name, place in places.tensors.items()
     }
     known: dict[str, Tensor] = {}
     updates = {
-        target: _aimed(target, place, adapter.updates[target], replaced, norms or {}, known)
+        target: _aimed(target, place, adapter.updates[target], replaced, norms, known)
         for target, place in places.targets.items()
     }
     _check_invocation(adapter, where)
@@ -102,6 +162,12 @@ def _aimed(
             where=target,
             hint="load the model in bfloat16 or float32",
         )
+    if (
+        update.q is not None
+        and is_packed(place.tensor)
+        and numbers_of(place.tensor, place.module) is None
+    ):
+        raise _no_numbers(target, place.tensor)
     if update.magnitude is None:
         return Aimed(place, update, dtype)
     norm = norms.get(target)
@@ -114,6 +180,12 @@ def _aimed(
 def _norms(
     target: str, place: Place, update: Update, given: tuple[Place, Replaced] | None
 ) -> Float64[Tensor, " out"]:
+    spread = spread_of(place.module)
+    if spread is not None:
+        norms = spread.norms(update, place.tensor)
+        if norms is None:
+            raise _no_numbers(target, place.tensor)
+        return norms
     matrix = _matrix(target, place, update, given)
     # Where the weight is, which is larger, if float64 is to be had there.
     device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
@@ -140,6 +212,10 @@ def _matrix(
             where=target,
             hint="load the model whole, or merge the adapter into the base",
         )
+    numbers = numbers_of(weight, place.module)
+    if numbers is None:
+        raise _no_numbers(target, weight)
+    weight = numbers
     if weight.dtype not in COMPUTES:
         raise FitError(
             f"DoRA needs the numbers of the weight, which is held in {weight.dtype}",
@@ -154,6 +230,15 @@ def _matrix(
             hint="load the model without quantisation",
         )
     return matrix
+
+
+def _no_numbers(target: str, weight: Tensor) -> FitError:
+    return FitError(
+        f"the update needs the numbers of the weight, a {kind_of(weight)}, of which there "
+        "is no way to them that is known",
+        where=target,
+        hint="load the model without quantisation",
+    )
 
 
 def _check_invocation(adapter: Adapter, where: str) -> None:
@@ -214,6 +299,9 @@ def _turned(target: str, place: Place, aimed: Aimed, update: Update) -> Aimed:
             where=target,
             hint="train it with the tied layer among the targets",
         )
+    reason = refusal(place.module, "linear", has_q=aimed.update.p is not None)
+    if reason is not None:
+        raise FitError(reason, where=target)
     turned = replace(
         aimed.update,
         a=aimed.update.b.mT,

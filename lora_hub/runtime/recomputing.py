@@ -6,8 +6,13 @@ passes is the end of the forward, the node of its graph that made the model's ou
 such node gets a hook that says: this backward is that forward's. It lives and dies with the
 graph, so nothing is kept of forwards whose gradients nobody can ask any more.
 
-Limit: where the whole model is checkpointed with `use_reentrant=True`, its output has no
-graph; what acted last is taken then, and it is refused if something else acts meanwhile.
+A backward that passes no such end, as of a hidden state that was taken out of the model, or
+where the whole model is checkpointed with `use_reentrant=True` so that its output has no
+graph, is known only if one and the same has acted in all forwards it could belong to; else
+it is refused.
+
+Limit: of a forward whose output is gone and after which another one had its backward, a
+hidden state is not known to be still there.
 """
 
 import threading
@@ -18,9 +23,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from lora_hub.errors import InputError
 from lora_hub.runtime.route import Route
+
+# What acts on which rows, without holding it.
+_Told = tuple[object, ...]
 
 _DEEPEST = 3  # of tuples and mappings in an output: hidden states of each layer, a cache
 
@@ -28,7 +37,7 @@ _DEEPEST = 3  # of tuples and mappings in an output: hidden states of each layer
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Forward:
     route: Route
-    task: int = -1  # the backward that passed its end
+    task: int = -1  # the backward that passed its end and still runs
 
 
 class Recomputing:
@@ -36,18 +45,25 @@ class Recomputing:
 
     def __init__(self) -> None:
         self._forwards: WeakSet[_Forward] = WeakSet()
-        self._last: Route | None = None
+        self._last: _Told | None = None
+        # Since a backward ended: what acted first, and whether something else did, too.
+        self._first: _Told | None = None
+        self._is_mixed = False
         self._lock = threading.Lock()
 
     def seen(self, route: Route, output: Any) -> None:
         """Note what acted in a forward that gave this output."""
-        self._last = route
+        told = self._last = _told(route)
+        if self._first is None:
+            self._first = told
+        elif self._first != told:
+            self._is_mixed = True
         forward = _Forward(route)
         nodes = {
             each.grad_fn for each in _tensors(output, _DEEPEST) if each.grad_fn is not None
         }
         for node in nodes:
-            node.register_prehook(_mark(forward))
+            node.register_prehook(self._mark(forward))
         if nodes:
             with self._lock:
                 self._forwards.add(forward)
@@ -57,7 +73,7 @@ class Recomputing:
 
         Raises:
             InputError: it goes through several forwards in which other adapters acted, or
-                through one that is not known and after which others were put to use.
+                through one that is not known, and others acted in another one or act now.
         """
         task = torch._C._current_graph_task_id()  # noqa: SLF001  (has no public name)
         with self._lock:
@@ -67,13 +83,13 @@ class Recomputing:
             each for each in known if each.task != -1
         ]
         routes = [each.route for each in passed]
+        is_mixed = False
         if not routes:
-            current = now()
-            if self._last is None or self._last.is_same(current):
-                return current
-            routes = [self._last, current]
+            routes = [now(), *(each.route for each in known)]
+            is_mixed = self._is_mixed or self._last not in (None, _told(routes[0]))
+            _at_the_end(self._ended)
         first = routes[0]
-        if all(first.is_same(each) for each in routes):
+        if not is_mixed and all(first.is_same(each) for each in routes):
             return first
         raise InputError(
             "one backward computes layers once more of forwards in which different "
@@ -81,12 +97,33 @@ class Recomputing:
             hint="call backward() for each forward before other adapters are used",
         )
 
+    def _mark(self, forward: _Forward) -> Callable[[object], None]:
+        def ended() -> None:
+            forward.task = -1
+            self._ended()
 
-def _mark(forward: _Forward) -> Callable[[object], None]:
-    def mark(_gradients: object) -> None:
-        forward.task = torch._C._current_graph_task_id()  # noqa: SLF001
+        def mark(_gradients: object) -> None:
+            forward.task = torch._C._current_graph_task_id()  # noqa: SLF001
+            _at_the_end(ended)
 
-    return mark
+        return mark
+
+    def _ended(self) -> None:
+        self._first, self._is_mixed = None, False
+
+
+def _at_the_end(call: Callable[[], None]) -> None:
+    """Call this when the backward that runs has ended."""
+    engine = Variable._execution_engine  # noqa: SLF001  (has no public name)
+    engine.queue_callback(call)
+
+
+def _told(route: Route) -> _Told:
+    sets = (
+        (tuple((resident.key, weight) for resident, weight in each.set), each.numbers)
+        for each in route.segments
+    )
+    return (route.total, *sets)
 
 
 def _tensors(output: Any, depth: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_hub.adapter.adapter import Replaced
 from lora_hub.adapter.layout import from_matrix, to_matrix
@@ -172,7 +173,9 @@ class Kept:
                 return _New(brought.tensor)
         key = tuple((resident.key, weight) for resident, weight in acting)
         version = 0 if own.is_inference() else own._version  # noqa: SLF001
-        now = own.data_ptr(), version, own.device, own.dtype
+        # The memory itself, held weakly: another tensor may come to lie where one was.
+        memory = StorageWeakRef(own.untyped_storage())  # type: ignore[no-untyped-call]
+        now = memory, own.storage_offset(), version, own.device, own.dtype
         with self._lock:
             found = self._made.get(key)
             if found is not None and found[0] == now:

@@ -48,7 +48,7 @@ class Factors:
         return self.a.shape[-2]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Resident:
     """One adapter on the device.
 
@@ -61,6 +61,9 @@ class Resident:
             adapter is told by `at`.
         tokens: of an aLoRA, the invocation sequence; else empty.
         nbytes: of everything above.
+        devices: on which its slabs are.
+        most: dtype that is computed in → the largest `Factors.largest` of it, at least 1;
+            found in `at` and `experts` by default.
         heaviest: the largest weight with which every number stays one that the dtype can
             hold which is computed in.
         shrinks: index of a site → the product it shares with its siblings (`shrink.py`),
@@ -74,18 +77,25 @@ class Resident:
     replaced: Mapping[Key, Replaced] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     nbytes: int = 0
+    devices: frozenset[torch.device] = frozenset()
+    most: Mapping[torch.dtype, float] | None = None
     heaviest: float = field(init=False)
     shrinks: dict[int, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        all_of_them = (*self.at.values(), *self.experts.values())
-        largest = {each.bt.dtype: 1.0 for each in all_of_them}
-        for each in all_of_them:
-            largest[each.bt.dtype] = max(largest[each.bt.dtype], each.largest)
-        limits = [torch.finfo(dtype).max / most for dtype, most in largest.items()]
+        most = _most(self) if self.most is None else self.most
+        limits = [torch.finfo(dtype).max / each for dtype, each in most.items()]
         object.__setattr__(self, "heaviest", min(limits, default=float("inf")))
 
     @property
     def adds_only(self) -> bool:
         """Whether all it does is to add to outputs of layers, token by token."""
         return not (self.experts or self.replaced or self.tokens)
+
+
+def _most(resident: Resident) -> dict[torch.dtype, float]:
+    all_of_them = (*resident.at.values(), *resident.experts.values())
+    most = {each.bt.dtype: 1.0 for each in all_of_them}
+    for each in all_of_them:
+        most[each.bt.dtype] = max(most[each.bt.dtype], each.largest)
+    return most

@@ -9,9 +9,11 @@ An entry of `rows` stands for `each` consecutive rows of the batch, and a layer 
 rows and tokens in one axis sees each row's tokens side by side.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -47,7 +49,10 @@ class Rows:
         key = length, device
         found = self._cached.get(key)
         if found is None:
-            found = self._cached[key] = self._of(length // self.total, device)
+            # Kept for other forwards, some of which may want gradients.
+            with torch.inference_mode(False):
+                found = self._of(length // self.total, device)
+            self._cached[key] = found
         return found
 
     def _of(self, times: int, device: torch.device) -> slice | Tensor:
@@ -96,6 +101,7 @@ class Route:
         is_alone: whether at most one adapter acts on each row.
         dropped: a set → site → which of p, q, bias_scale is not added to the layer's
             output, since it goes into a tensor that the set replaces there.
+        number: of its own, for `route_of`.
         effects: number of a site → what this route does there, kept from the first forward
             on (`effect.py`).
         groups: a module's stand-in → what it runs for this route, kept likewise
@@ -108,6 +114,7 @@ class Route:
     dropped: dict[Set, Mapping[int, frozenset[str]]] = field(default_factory=dict)
     adds_only: bool = field(init=False)
     is_alone: bool = field(init=False)
+    number: int = field(init=False, default_factory=itertools.count().__next__)
     effects: dict[int, Any] = field(init=False, default_factory=dict)
     groups: dict[Any, Any] = field(init=False, default_factory=dict)
 
@@ -116,6 +123,7 @@ class Route:
         object.__setattr__(self, "adds_only", only)
         is_alone = all(len(segment.set) < 2 for segment in self.segments)
         object.__setattr__(self, "is_alone", is_alone)
+        _ROUTES[self.number] = self
 
     @property
     def sites(self) -> set[int]:
@@ -148,7 +156,13 @@ class Route:
         )
 
 
+_ROUTES: WeakValueDictionary[int, Route] = WeakValueDictionary()
 BARE = Route()
+
+
+def route_of(number: int) -> Route | None:
+    """Return the route of this number, None where nobody has it any more."""
+    return _ROUTES.get(number)
 
 
 def for_all(acting: Set) -> Route:

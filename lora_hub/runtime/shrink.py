@@ -3,7 +3,11 @@
 A slab keeps the `a` of such layers as consecutive rows of one matrix. The first layer that
 runs multiplies its input with all of them and leaves the others their share. Whether they
 are given the same input is looked at each time, so a layer that is given another one
-computes apart and nothing is assumed of the model.
+computes apart and nothing is assumed of the model. An input that was written to in between
+is another one: torch counts writes, but for tensors made in inference mode, of which
+nothing is shared.
+
+Limit: what is written through `.data` or a view of another library is not counted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +30,7 @@ class Shrink:
         group: what the siblings know each other by.
     """
 
-    __slots__ = ("_at", "_group", "_index", "_is_last", "_ranks")
+    __slots__ = ("_at", "_group", "_index", "_is_last", "_own", "_ranks")
 
     def __init__(
         self, at: Tensor, ranks: tuple[int, ...], index: int, group: object
@@ -36,14 +40,17 @@ class Shrink:
         self._index = index
         self._group = group
         self._is_last = index == len(ranks) - 1
+        self._own = at.split_with_sizes(ranks, 1)[index]
 
     def of(
         self, step: Step, x: Float[Tensor, "*batch inp"]
     ) -> Float[Tensor, "tokens rank"]:
         """Return x times this layer's `a`, computed by whichever sibling comes first."""
+        if x.is_inference():  # nobody counts what is written to it
+            return torch.mm(x.reshape(-1, x.shape[-1]), self._own)
         shared = step.shared
         kept = shared.get(self._group)
-        version = None if x.is_inference() else x._version  # noqa: SLF001  (torch's name)
+        version = x._version  # noqa: SLF001  (torch's own name)
         if kept is None or kept[0] is not x or kept[1] != version:
             t = torch.mm(x.reshape(-1, x.shape[-1]), self._at)
             kept = x, version, t.split_with_sizes(self._ranks, 1)
@@ -58,7 +65,8 @@ class Shrink:
 def shrink_of(resident: Resident, number: int) -> Shrink | None:
     """Return the layer's share, None where it has no siblings in this adapter."""
     if not resident.shrinks:
-        resident.shrinks.update(_shrinks(resident.at))
+        # At once: another thread may look meanwhile.
+        resident.shrinks.update(dict(_shrinks(resident.at)))
     found: Shrink | None = resident.shrinks[number]
     return found
 

@@ -20,6 +20,7 @@ class Sites:
         self._model = model
         self._numbers: dict[nn.Module, int] = {}
         self._modules: list[nn.Module] = []
+        self._paths: dict[int, str] = {}
 
     def number(self, module: nn.Module) -> int:
         """Return the layer's number, a new one at first sight."""
@@ -30,13 +31,15 @@ class Sites:
         return found
 
     def path(self, number: int) -> str:
-        """Return the layer's path in the model, its type where it is not there any more."""
-        module = self._modules[number]
-        if self._model is not None:
-            for path, each in self._model.named_modules():
-                if each is module:
-                    return str(path)
-        return type(module).__name__
+        """Return the layer's path in the model, its type where it is not there any more.
+
+        It is that of the first question.
+        """
+        if number not in self._paths and self._model is not None:
+            for path, module in self._model.named_modules():
+                if module in self._numbers:
+                    self._paths.setdefault(self._numbers[module], path)
+        return self._paths.get(number, type(self._modules[number]).__name__)
 
     def __getitem__(self, number: int) -> nn.Module:
         return self._modules[number]

@@ -3,15 +3,12 @@
 A slab is one allocation that holds every tensor of an adapter without padding between
 rows, so that coming, going and moving cost one operation, and its bytes are known before
 they are taken. An adapter of a model that is spread over devices has one slab on each.
-
-Layers that read one input (`siblings.py`) have their `a` side by side, as consecutive rows
-of one matrix. An embedding's `a` is laid out by its rows, (inputs, rank), since rows of it
-are looked up; it is given as the transpose of that.
+Where each tensor lies is told by `laid_out.py`, how its numbers come there by `folded.py`.
+The views of single layers are made when the adapter is first used (`AtFirstUse`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isfinite, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +16,21 @@ from torch import Tensor, nn
 from lora_hub.adapter.adapter import Replaced
 from lora_hub.adapter.update import Update
 from lora_hub.composing.linear import cat
-from lora_hub.errors import ComposeError
 from lora_hub.runtime.dtypes import computed_in
+from lora_hub.runtime.folded import fill, measure
+from lora_hub.runtime.laid_out import Layout, Run, Shaped, Slabs, take
 from lora_hub.runtime.layers import Place
 from lora_hub.runtime.memory import allocate
 from lora_hub.runtime.prepare import Prepared
+from lora_hub.runtime.quantised import dtype_of
 from lora_hub.runtime.resident import Factors, Key, Resident
 from lora_hub.runtime.siblings import grouped
 from lora_hub.runtime.sites import Sites
 
-ALIGNED_BYTES = 64  # as torch aligns what it allocates, and wide loads like it
-
 # How many bytes on which device → that much memory, as a flat tensor of bytes.
 Allocate = Callable[[int, torch.device], Tensor]
+
+_VECTORS = ("p", "q", "bias", "bias_scale")
 
 
 def reside(
@@ -62,28 +61,6 @@ def reside(
     return Plan(prepared, sites, device).filled(name, key, tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spot:
-    """Where a tensor lies in the slab of a device."""
-
-    device: torch.device
-    dtype: torch.dtype
-    begin: int  # in bytes
-    shape: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Laid:
-    """An update, with spots for its tensors."""
-
-    target: str
-    key: int | Key
-    update: Update
-    a: _Spot
-    bt: _Spot
-    vectors: dict[str, _Spot] = field(default_factory=dict)
-
-
 class Plan:
     """Where each tensor of an adapter will lie; nothing is allocated yet.
 
@@ -94,14 +71,10 @@ class Plan:
     def __init__(
         self, prepared: Prepared, sites: Sites, device: torch.device | None = None
     ) -> None:
-        self.sizes: dict[torch.device, int] = {}
-        self._device = device
-        self._laid: list[_Laid] = []
-        self._replaced: dict[Key, tuple[Replaced, _Spot]] = {}
-        joined = _by_module(prepared)
-        for group in grouped(joined):
-            self._lay([(target, *joined[target]) for target in group], sites)
-        self._lay_replaced(prepared)
+        self._layout, self._updates = _laid_out(prepared, sites, device)
+        self.sizes: dict[torch.device, int] = dict(self._layout.sizes)
+        self._replaced: dict[Key, tuple[Replaced, Run]] = {}
+        self._lay_replaced(prepared, device)
 
     @property
     def nbytes(self) -> int:
@@ -119,177 +92,179 @@ class Plan:
     ) -> Resident:
         """Return the adapter in slabs; see `reside`."""
         slabs = {device: allocate(size, device) for device, size in self.sizes.items()}
-        views = _Views(slabs)
-        made = [_filled(each, views) for each in self._laid]
-        largest = _largest(self._laid, made)
-        factors = {
-            laid.key: Factors(
-                **tensors,
-                layer=laid.update.layer,
-                kernel=laid.update.kernel,
-                largest=largest[index],
-            )
-            for index, (laid, tensors) in enumerate(zip(self._laid, made, strict=True))
-        }
+        largest = [0.0] * len(self._updates)
+        for run in self._layout.runs:
+            into = run.within(slabs)
+            fill(run, into, self._updates)
+            measure(run, into, self._layout.updates, largest)
         replaced: dict[Key, Replaced] = {}
-        for where, (given, spot) in self._replaced.items():
-            tensor = views.at(spot).copy_(given.tensor)
+        for where, (given, run) in self._replaced.items():
+            tensor = run.within(slabs)[0].copy_(given.tensor)
             replaced[where] = Replaced(tensor, given.role, given.rows)
+        most: dict[torch.dtype, float] = {}
+        for each, number in zip(self._layout.updates, largest, strict=True):
+            most[each.dtype] = max(most.get(each.dtype, 1.0), number)
+        at: Mapping[int, Factors] = AtFirstUse(self._layout, slabs, largest)
+        experts = {}
+        if len(self._layout.sites) != len(self._layout.updates):
+            made = factors_in(self._layout, slabs, largest)
+            at = {key: each for key, each in made.items() if isinstance(key, int)}
+            experts = {key: each for key, each in made.items() if not isinstance(key, int)}
         return Resident(
             name=name,
             key=key,
-            at={each: made for each, made in factors.items() if isinstance(each, int)},
-            experts={
-                each: made for each, made in factors.items() if not isinstance(each, int)
-            },
+            at=at,
+            experts=experts,
             replaced=replaced,
             tokens=tokens,
             nbytes=self.nbytes,
+            devices=frozenset(slab.device for slab in slabs.values()),
+            most=most,
         )
 
-    def _lay(
-        self, group: Sequence[tuple[str, Place, Update, torch.dtype]], sites: Sites
-    ) -> None:
-        """Give siblings their spots, those of `a` side by side where that can be."""
-        before = None
-        spots = []
-        for _, place, update, dtype in group:
-            device = self._beside(place, update.a)
-            shape = tuple(update.a.shape)
-            kind = device, dtype, shape[:-2], shape[-1]
-            shape = (shape[1], shape[0]) if update.layer == "embedding" else shape
-            spots.append(self._spot(device, dtype, shape, packed=kind == before))
-            before = kind
-        for (target, place, update, dtype), a in zip(group, spots, strict=True):
-            is_experts = update.layer == "experts"
-            *front, out, rank = update.b.shape
-            laid = _Laid(
-                target,
-                (place.module, place.name) if is_experts else sites.number(place.module),
-                update,
-                a,
-                self._spot(a.device, dtype, (*front, rank, out)),
-            )
-            for name, vector in _vectors(update):
-                laid.vectors[name] = self._spot(a.device, dtype, tuple(vector.shape))
-            self._laid.append(laid)
-
-    def _lay_replaced(self, prepared: Prepared) -> None:
-        known: dict[tuple[int, torch.device], _Spot] = {}  # tied places share one copy
+    def _lay_replaced(self, prepared: Prepared, where: torch.device | None) -> None:
+        known: dict[tuple[int, torch.device], Run] = {}  # tied places share one copy
         for place, given in prepared.replaced.values():
             tensor = given.tensor
-            device = self._beside(place, tensor)
-            spot = known.get((id(tensor), device))
-            if spot is None:
-                spot = self._spot(device, tensor.dtype, tuple(tensor.shape))
-                known[id(tensor), device] = spot
-            self._replaced[place.module, place.name] = given, spot
-
-    def _beside(self, place: Place, given: Tensor) -> torch.device:
-        if self._device is not None:
-            return self._device
-        device = place.tensor.device
-        return device if device.type != "meta" else _called_on(place.module, given.device)
-
-    def _spot(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        *,
-        packed: bool = False,
-    ) -> _Spot:
-        begin = self.sizes.get(device, 0)
-        if not packed:
-            begin += -begin % ALIGNED_BYTES
-        self.sizes[device] = begin + prod(shape) * dtype.itemsize
-        return _Spot(device, dtype, begin, shape)
+            device = where or beside(place, tensor)
+            run = known.get((id(tensor), device))
+            if run is None:
+                begin = take(self.sizes, device, tensor.nbytes)
+                shape = tuple(tensor.shape)
+                run = Run("", device, tensor.dtype, begin, tensor.nbytes, shape, (0,))
+                known[id(tensor), device] = run
+            self._replaced[place.module, place.name] = given, run
 
 
-class _Views:
-    """Tensors in slabs, by their spots."""
+class AtFirstUse(Mapping[int, Factors]):
+    """Site → factors in slabs, made for all sites together when one is first asked for.
 
-    def __init__(self, slabs: Mapping[torch.device, Tensor]) -> None:
-        self._slabs = slabs
-        self._typed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    An adapter that is loaded and not used has no tensors but its slabs, so that Python's
+    garbage collector has next to nothing to look at, however many are loaded.
 
-    def at(self, spot: _Spot) -> Tensor:
-        where = spot.device, spot.dtype
-        typed = self._typed.get(where)
-        if typed is None:
-            slab = self._slabs[spot.device]
-            whole = len(slab) // spot.dtype.itemsize * spot.dtype.itemsize
-            typed = self._typed[where] = slab[:whole].view(spot.dtype)
-        begin = spot.begin // spot.dtype.itemsize
-        return typed[begin : begin + prod(spot.shape)].view(spot.shape)
-
-
-def _filled(laid: _Laid, views: _Views) -> dict[str, Tensor]:
-    """Write one update into its spots and return the tensors there."""
-    update = laid.update
-    a, bt = views.at(laid.a), views.at(laid.bt)
-    if update.layer == "embedding":
-        a = a.mT
-    a.copy_(update.a)
-    b = update.b.mT.to(bt.device)
-    # To the dtype first: not every device has float64. The product is made in the widest
-    # of what is given here and rounded when it is written.
-    fold = torch.promote_types(torch.promote_types(bt.dtype, torch.float32), b.dtype)
-    scaling = update.scaling.to(fold).to(bt.device)
-    torch.mul(b, scaling[:, None], out=bt)
-    tensors = {"a": a, "bt": bt}
-    for name, vector in _vectors(update):
-        tensors[name] = views.at(laid.vectors[name]).copy_(vector)
-    return tensors
-
-
-def _largest(laid: Sequence[_Laid], made: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """Return the largest absolute number of each update, but for `a`.
-
-    Raises:
-        ComposeError: one is not finite.
+    Args:
+        layout: of updates each of which has a site.
+        slabs: device as the layout calls it → the slab, wherever that is.
+        largest: of each update, see `Factors.largest`.
     """
-    owned = [
-        (index, name, tensor)
-        for index, tensors in enumerate(made)
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    ]
-    largest = [0.0] * len(made)
-    for (index, name, tensor), norm in zip(owned, _norms(owned), strict=True):
-        if not isfinite(norm):
-            raise ComposeError(
-                f"the adapter has numbers that are not finite in {tensor.dtype}, which is "
-                "computed in",
-                where=laid[index].target,
-                hint="`lorahub validate` finds NaN in adapters",
-            )
-        if name != "a":
-            largest[index] = max(largest[index], norm)
-    return largest
+
+    __slots__ = ("_largest", "_layout", "_made", "_slabs")
+
+    def __init__(self, layout: Layout, slabs: Slabs, largest: Sequence[float]) -> None:
+        self._layout = layout
+        self._slabs = slabs
+        self._largest = largest
+        self._made: Mapping[int, Factors] | None = None
+
+    def on(self, slabs: Slabs) -> "AtFirstUse":
+        """Return the same in other slabs, which hold the same bytes."""
+        return AtFirstUse(self._layout, slabs, self._largest)
+
+    def get(self, number: int, default: Any = None) -> Any:
+        return (self._made or self._all()).get(number, default)
+
+    def __getitem__(self, number: int) -> Factors:
+        return (self._made or self._all())[number]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._layout.sites
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layout.sites)
+
+    def __len__(self) -> int:
+        return len(self._layout.sites)
+
+    def _all(self) -> Mapping[int, Factors]:
+        # Two threads may both come here: what they make is the same.
+        made = factors_in(self._layout, self._slabs, self._largest)
+        self._made = {key: each for key, each in made.items() if isinstance(key, int)}
+        return self._made
 
 
-def _norms(owned: Sequence[tuple[int, str, Tensor]]) -> list[float]:
-    """Return the largest absolute number of each tensor, NaN where there is one."""
-    # aminmax reads memory once and as fast as it comes; a norm took forty times as long.
-    ends = [torch.aminmax(tensor) for _, _, tensor in owned]
-    norms = [0.0] * len(owned)
-    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, (_, _, tensor) in enumerate(owned):
-        alike.setdefault((tensor.dtype, tensor.device), []).append(index)
-    for indices in alike.values():
-        both = torch.stack([end for index in indices for end in ends[index]])
-        largest = both.abs().reshape(-1, 2).amax(dim=1).tolist()
-        for index, norm in zip(indices, largest, strict=True):
-            norms[index] = norm
-    return norms
+# Tensors that are good outside of inference mode, whoever asks for them first.
+@torch.inference_mode(False)
+@torch.no_grad()
+def factors_in(
+    layout: Layout, slabs: Slabs, largest: Sequence[float]
+) -> dict[int | Key, Factors]:
+    """Return the factors of every update, as views of the slabs."""
+    tensors: list[dict[str, Any]] = [{} for _ in layout.updates]
+    for run in layout.runs:
+        for index, tensor in zip(run.of, run.within(slabs).unbind(), strict=True):
+            tensors[index][run.name] = tensor
+    return {
+        each.key: Factors(
+            **given, layer=each.layer, kernel=each.kernel, largest=largest[index]
+        )
+        for index, (each, given) in enumerate(zip(layout.updates, tensors, strict=True))
+    }
 
 
-def _vectors(update: Update) -> Iterator[tuple[str, Tensor]]:
-    for name in ("p", "q", "bias", "bias_scale"):
-        vector = getattr(update, name)
-        if vector is not None:
-            yield name, vector
+def beside(place: Place, given: Tensor) -> torch.device:
+    """Return the device on which the layer computes, else that of `given`."""
+    device = place.tensor.device
+    if device.type != "meta":
+        return device
+    # accelerate brings the weight of a layer when it is called.
+    hook = getattr(place.module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return given.device if execution is None else torch.device(execution)
+
+
+def _laid_out(
+    prepared: Prepared, sites: Sites, where: torch.device | None
+) -> tuple[Layout, list[Update]]:
+    """Return the layout, and the updates in its order."""
+    alike = prepared.alike
+    if alike is None:
+        return _newly_laid_out(prepared, sites, where)
+    # The weights may have been moved or brought to another dtype.
+    known = sites, where, alike.weights()
+    for its, layout in alike.layouts:
+        if its == known:
+            return layout, [prepared.update(each.target) for each in layout.updates]
+    layout, updates = _newly_laid_out(prepared, sites, where)
+    alike.layouts[:] = [(known, layout), *alike.layouts[:1]]
+    return layout, updates
+
+
+def _newly_laid_out(
+    prepared: Prepared, sites: Sites, where: torch.device | None
+) -> tuple[Layout, list[Update]]:
+    joined = _by_module(prepared)
+    shaped = {
+        target: _shaped(target, *each, sites, where) for target, each in joined.items()
+    }
+    layout = Layout([shaped[target] for target in group] for group in grouped(joined))
+    return layout, [joined[each.target][1] for each in layout.updates]
+
+
+def _shaped(
+    target: str,
+    place: Place,
+    update: Update,
+    dtype: torch.dtype,
+    sites: Sites,
+    where: torch.device | None,
+) -> Shaped:
+    is_experts = update.layer == "experts"
+    return Shaped(
+        target=target,
+        key=(place.module, place.name) if is_experts else sites.number(place.module),
+        device=where or beside(place, update.a),
+        dtype=dtype,
+        layer=update.layer,
+        kernel=update.kernel,
+        a=tuple(update.a.shape),
+        b=tuple(update.b.shape),
+        given=(update.b.dtype, update.b.device),
+        vectors=tuple(
+            (name, len(vector))
+            for name in _VECTORS
+            if (vector := getattr(update, name)) is not None
+        ),
+    )
 
 
 def _by_module(
@@ -303,7 +278,9 @@ def _by_module(
     found: dict[str, tuple[Place, Update, torch.dtype]] = {}
     for target, aimed in prepared.updates.items():
         place, update = aimed.place, aimed.update
-        dtype = computed_in(place.tensor.dtype, aimed.dtype if update.rank else None)
+        dtype = computed_in(
+            dtype_of(place.tensor, place.module), aimed.dtype if update.rank else None
+        )
         first = names.setdefault((place.module, place.name), target)
         if first in found:
             _, other, dtype_of_other = found[first]
@@ -311,10 +288,3 @@ def _by_module(
             dtype = torch.promote_types(dtype, dtype_of_other)
         found[first] = place, update, dtype
     return found
-
-
-def _called_on(module: nn.Module, otherwise: torch.device) -> torch.device:
-    """Return where accelerate computes a layer whose weight it brings when it is called."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return otherwise if device is None else torch.device(device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_hub.runtime.apart import Apart
 from lora_hub.runtime.new_tensors import NewTensors, Recipe
@@ -27,6 +28,8 @@ class StandIn:
         module: it is left as it is until `put_on`.
         current: gives the step that runs on the thread that asks.
         where: what to call the module in messages.
+        is_read_along: whether torch may read its tensors without calling it, unless it
+            has a hook.
 
     Attributes:
         tensors: the new tensors of the module.
@@ -36,13 +39,22 @@ class StandIn:
         FitError: the module's forward cannot be run with other tensors.
     """
 
-    def __init__(self, module: nn.Module, current: Callable[[], Step], where: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        current: Callable[[], Step],
+        where: str,
+        *,
+        is_read_along: bool = False,
+    ) -> None:
         self.tensors = NewTensors(module)
         self.is_on = False
         self._home = module
         self._where = where
         self._current = current
         self._forward: Forward = forward_of(module, where=where)
+        self._is_read_along = is_read_along
+        self._hook: RemovableHandle | None = None
         self._put: Any = None  # what stands in the module's dictionary
         self._given: Any = None  # what stood there before, None where nothing did
 
@@ -56,6 +68,8 @@ class StandIn:
     def put_on(self) -> None:
         """Stand in the place of the module's forward."""
         self.is_on = True
+        if self._is_read_along and self._hook is None:
+            self._hook = self._home.register_forward_hook(_nothing)
         if self._put is None:
             slot = slot_of(self._home)
             self._given = self._home.__dict__.get(slot)
@@ -66,6 +80,9 @@ class StandIn:
     def take_off(self) -> bool:
         """Give the place back; return whether it could be, else ours sleeps inside."""
         self.is_on = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         held = self._home.__dict__
         for slot in ("forward", "_old_forward"):
             if held.get(slot) is self._put:
@@ -127,6 +144,10 @@ class StandIn:
         if recipe is None:
             return self._forward(module, *args, **kwargs)
         return run(self._forward, module, self.tensors.of(module, recipe), args, kwargs)
+
+
+def _nothing(*_given: object) -> None:
+    """Stand where a hook is looked for."""
 
 
 def _leads_to(callable_: Any, ours: Any, depth: int = 8) -> bool:

@@ -25,15 +25,15 @@ class Step:
         shape: of what the model was given: rows, or rows and tokens; empty where unknown.
         awake: invocation tokens of an aLoRA → (rows, tokens), where it acts.
         shared: what layers that read one input leave for each other (`shrink.py`).
-        frame: which call of torch's it is part of, by the number of its frame; 0 where
-            that is not known.
+        frame: which call of torch's it is part of; None where that is not known. The
+            frame itself and not its number, which another call may have later.
     """
 
     route: Route
     shape: tuple[int, ...] = ()
     awake: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
-    frame: int = 0
+    frame: FrameType | None = None
 
 
 class Steps(threading.local):
@@ -54,10 +54,10 @@ class Steps(threading.local):
         """Close steps whose call is over although nobody was told, as after Ctrl-C."""
         if not self.open:
             return []
-        running = {0}
+        running: set[FrameType | None] = {None}
         frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  (has no public name)
         while frame is not None:
-            running.add(id(frame))
+            running.add(frame)
             frame = frame.f_back
         broken = [step for step in self.open if step.frame not in running]
         self.open[:] = [step for step in self.open if step.frame in running]

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from lora_hub.adapter.merged_rows import Scratch
+
 SHOWN = 5  # tensors in the table, those that kept least
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,12 +66,15 @@ class MergedReport:
     """What a merge on a live model did; `str` of it is for people.
 
     Attributes:
-        tensors: every tensor that was merged into, in the order of merging.
+        count: how many tensors were merged into.
+        tensors: what became of each change, in the order of merging; none where that was
+            not measured.
         host_bytes: what it costs in host memory to be able to take it back.
         kept_in: the folder that the base's numbers are in; None where they are in memory.
         notes: what a person should hear.
     """
 
+    count: int
     tensors: tuple[Survived, ...]
     host_bytes: int
     kept_in: str | None = None
@@ -92,7 +97,7 @@ class MergedReport:
     def __str__(self) -> str:
         where = f" and {self.kept_in}" if self.kept_in else ""
         size = f"{self.host_bytes / 1e6:.1f} MB of host memory"
-        lines = [f"merged into {len(self.tensors)} tensors; to take it back: {size}{where}"]
+        lines = [f"merged into {self.count} tensors; to take it back: {size}{where}"]
         if self.tensors:
             worst = sorted(self.tensors, key=lambda tensor: tensor.kept)[:SHOWN]
             rows = [self.total, *(worst if len(self.tensors) > 1 else ())]
@@ -107,9 +112,14 @@ class MergedReport:
 
 
 class Tally:
-    """Sums over the blocks of one tensor, read once at the end."""
+    """Sums over the blocks of one tensor, read once at the end.
 
-    def __init__(self) -> None:
+    Args:
+        scratch: memory for blocks.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._unchanged: int | Tensor = 0
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -126,8 +136,10 @@ class Tally:
             made: as it is now, in the same dtype.
             meant: Δ, in float32 or float64; it is not changed.
         """
-        moved = (made.to(meant.dtype) - was.to(meant.dtype)).reshape(-1)
-        flat = meant.reshape(-1)
+        room, wide = self._scratch.room, meant.dtype
+        block = room("moved", was, wide).copy_(made)
+        block.sub_(room("was", was, wide).copy_(was))
+        moved, flat = block.view(-1), meant.reshape(-1)
         along, size = torch.dot(moved, flat), torch.dot(flat, flat)
         missed = moved.sub_(flat)
         self._sums.append((along, size, torch.dot(missed, missed)))
@@ -159,10 +171,10 @@ def _columns(blocks: Tensor) -> Iterable[list[float]]:
 def _alike(was: Tensor, made: Tensor) -> int | Tensor:
     """Return how many numbers have the same bits."""
     bits = _BITS[was.itemsize]
-    differ = was.view(bits).ne(made.view(bits))
-    if not differ.is_cpu:
-        return differ.numel() - differ.sum()
+    one, other = was.view(bits), made.view(bits)
+    if not one.is_cpu:
+        return one.eq(other).sum()
     import numpy as np
 
-    # 181 µs for half a million, where torch's own ways take 1.4 to 4 ms (torch 2.13).
-    return differ.numel() - int(np.count_nonzero(differ.numpy()))
+    # 0.15 ns a number, where torch takes 0.5 to compare and more to count (torch 2.13).
+    return one.numel() - int(np.count_nonzero(one.numpy() != other.numpy()))

@@ -65,7 +65,12 @@ class Twins:
         for module in _modules(acting):
             stand_in = self._stand_ins.get(module)
             if stand_in is None or not stand_in.is_in_place():
-                stand_in = StandIn(module, self._current, self._path(module))
+                stand_in = StandIn(
+                    module,
+                    self._current,
+                    self._path(module),
+                    is_read_along=self._is_read_along(module),
+                )
             site = numbers.get(module, stand_in.tensors.site)
             stand_in.tensors.check(acting, site, self._path)
             found.append((module, stand_in, site))
@@ -103,6 +108,14 @@ class Twins:
         return {
             self._sites[number]: number for resident, _ in acting for number in resident.at
         }
+
+    def _is_read_along(self, module: nn.Module) -> bool:
+        """Return whether torch's own encoder reads it in one go, if nobody has a hook."""
+        return any(
+            module in layer.modules()
+            for layer in self._model.modules()
+            if isinstance(layer, nn.TransformerEncoderLayer)
+        )
 
     def _path(self, module: nn.Module, name: str = "") -> str:
         for path, each in self._model.named_modules():

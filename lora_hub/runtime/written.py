@@ -16,11 +16,12 @@ from lora_hub.adapter.merged_rows import (
     BLOCK_ELEMENTS,
     Lines,
     Rows,
+    Scratch,
     Term,
     change_of,
     cut,
     exchanged,
-    rounded,
+    summed,
     wide_of,
     with_rows,
 )
@@ -32,12 +33,17 @@ from lora_hub.runtime.survived import Survived, Tally
 BLOCK_ELEMENTS_FAR = 1 << 25
 
 
-def write(changed: Changed, into: Tensor) -> Survived:
+def write(
+    changed: Changed, into: Tensor, scratch: Scratch, *, measure: bool = True
+) -> Survived | None:
     """Write what becomes of a tensor, and return how much of that survived rounding.
 
     Args:
         changed: the tensor as it is, and what becomes of it.
         into: the tensor itself, or another of its shape and dtype.
+        scratch: memory for blocks.
+        measure: whether to find that out, which takes about as long as the rest; None is
+            returned without.
 
     Raises:
         ComposeError: a number is not finite in its dtype, and was in the base.
@@ -50,7 +56,7 @@ def write(changed: Changed, into: Tensor) -> Survived:
     shape = tuple(own.shape)
     matrices = (shape[0], shape[1:]) if are_experts else (1, shape)
     elements = BLOCK_ELEMENTS if own.is_cpu else BLOCK_ELEMENTS_FAR
-    wide, tally = wide_of(own.dtype), Tally()
+    wide, tally = wide_of(own.dtype), Tally(scratch)
     for rows, columns in cut(*matrices, elements):
         flat = (-1, columns)
         was = _block(own, rows, is_one_of_many=are_experts).reshape(flat).to(device)
@@ -58,12 +64,18 @@ def write(changed: Changed, into: Tensor) -> Survived:
             (each, *_new(each, rows, columns, is_one_of_many=are_experts, device=device))
             for each in changed.exchanges
         ]
-        made, meant = _made(was, news, terms, rows, wide)
-        if not tally.add(was, made, meant):
-            _check_finite(was, made, changed.name)
+        start, change = _made(was, news, terms, rows, scratch)
+        total = summed(start, change, wide, scratch)
+        if measure:
+            total = scratch.room("made", was, own.dtype).copy_(total)
+            is_finite = tally.add(was, total, _meant(was, start, change, wide, scratch))
+        else:
+            is_finite = _fits(total, own.dtype)
+        if not is_finite:
+            _check_finite(was, total.to(own.dtype), changed.name)
         block = _block(into.detach(), rows, is_one_of_many=are_experts)
-        block.copy_(made.view(block.shape))
-    return tally.of(changed.name, into)
+        block.copy_(total.view(block.shape))  # rounds, where that is still to be done
+    return tally.of(changed.name, into) if measure else None
 
 
 def _made(
@@ -71,13 +83,12 @@ def _made(
     news: Sequence[tuple[Exchange, Lines, Tensor]],
     terms: Sequence[Term],
     rows: Rows,
-    wide: torch.dtype,
-) -> tuple[Shaped[Tensor, "rows columns"], Shaped[Tensor, "rows columns"]]:
-    """Return what becomes of the rows, and by how much they were meant to change."""
+    scratch: Scratch,
+) -> tuple[Shaped[Tensor, "rows columns"], Shaped[Tensor, "rows columns"] | None]:
+    """Return what is exchanged for the rows, or they themselves; and what is added."""
     if not was.is_floating_point():  # replaced as a whole, which sums would round
         ((_, _, new),) = news
-        made = new.to(was.dtype)
-        return made, made.to(wide) - was.to(wide)
+        return new.to(was.dtype), None
 
     def alone(part: int) -> Tensor:
         own = was
@@ -86,13 +97,31 @@ def _made(
                 own = with_rows(own, lines, new)
         return own
 
-    change = change_of(terms, alone, rows)
-    start = exchanged(was, [(each.weight, lines, new) for each, lines, new in news])
-    made = rounded(start, change, wide, was.dtype)
-    if start is was and change is not None:
-        return made, change.to(wide)
+    change = change_of(terms, alone, rows, scratch)
+    return exchanged(was, [(each.weight, lines, new) for each, lines, new in news]), change
+
+
+def _meant(
+    was: Shaped[Tensor, "rows columns"],
+    start: Shaped[Tensor, "rows columns"],
+    change: Shaped[Tensor, "rows columns"] | None,
+    wide: torch.dtype,
+    scratch: Scratch,
+) -> Shaped[Tensor, "rows columns"]:
+    """Return by how much the rows were meant to change."""
+    if change is not None and start is was:
+        return scratch.room("meant", was, wide).copy_(change)
     exact = start if change is None else start + change
-    return made, (exact - was).to(wide)
+    return exact.to(torch.promote_types(exact.dtype, wide)).sub(was).to(wide)
+
+
+def _fits(total: Shaped[Tensor, "rows columns"], dtype: torch.dtype) -> bool:
+    """Return whether all numbers certainly are finite in the dtype."""
+    if not dtype.is_floating_point:
+        return True
+    least, most = total.aminmax()
+    limit = torch.finfo(dtype).max
+    return -limit <= float(least) and float(most) <= limit
 
 
 def _block(tensor: Tensor, rows: Rows, *, is_one_of_many: bool) -> Tensor:

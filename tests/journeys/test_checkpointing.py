@@ -167,3 +167,62 @@ def test_after_what_was_refused_the_next_step_is_right(folders, wanted):
         loss_of(model, x).backward()
 
     check_same(gradients(model, x), wanted)
+
+
+@REENTRANT
+def test_a_hidden_state_taken_out_is_right_or_refused(folders, reentrant):
+    """What passes no output of the model does not say which forward it belongs to."""
+    plain, plain_host = attached(folders)
+    model, host = attached(folders, reentrant)
+    taken = {}
+    for each in (plain, model):
+        each.model.layers[-1].register_forward_hook(
+            lambda layer, _, output, each=each: taken.update({each: output})
+        )
+    y = inputs()
+    with plain_host.using("one"):
+        loss_of(plain, y)
+    taken[plain].square().sum().backward()
+
+    with host.using("one"):
+        x = inputs()
+        kept = [loss_of(model, x)]
+    hidden = taken[model]
+    with host.using("two"):
+        kept.append(loss_of(model, inputs()))
+        try:
+            hidden.square().sum().backward()
+        except InputError as error:
+            assert "backward" in f"{error} {error.hint}"  # noqa: PT017  (either is right)
+        else:
+            check_same([x.grad], [y.grad])
+
+
+@REENTRANT
+def test_a_hidden_state_is_not_taken_for_one_of_a_forward_that_had_its_backward(
+    folders, reentrant
+):
+    plain, plain_host = attached(folders)
+    model, host = attached(folders, reentrant)
+    taken = {}
+    for each in (plain, model):
+        each.model.layers[-1].register_forward_hook(
+            lambda layer, _, output, each=each: taken.update({each: output})
+        )
+    y = inputs(1)
+    with plain_host.using("two"):
+        loss_of(plain, y)
+        taken[plain].square().sum().backward()
+    with host.using("one"):
+        kept = loss_of(model, inputs())
+        kept.backward()
+
+    with host.using("two"):
+        x = inputs(1)
+        loss_of(model, x)
+        try:
+            taken[model].square().sum().backward()
+        except InputError as error:
+            assert "backward" in f"{error} {error.hint}"  # noqa: PT017  (either is right)
+        else:
+            check_same([x.grad], [y.grad])

@@ -169,3 +169,67 @@ def test_the_default_backend_compiles_once_and_is_right(attached):
             check(found, compiled, host)
 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def two_trained():
+    """Return a compiled net, its host, and what two adapters give as the gradient."""
+    found = nets.net(nets.Signals)
+    host = lora_hub.attach(found)
+    for turn, name in enumerate(NAMES[:2]):
+        host.load(nets.adapter(found, {"head": 3}, 50 * turn), as_=name)
+    wanted = {}
+    for name in NAMES[:2]:
+        x = found.batch(ROWS).requires_grad_()
+        with host.using(name):
+            found(x).sum().backward()
+        wanted[name] = x.grad
+    return found, host, wanted
+
+
+def test_a_backward_of_compiled_code_is_that_of_its_own_forward():
+    found, host, wanted = two_trained()
+    compiled = torch.compile(found, backend="aot_eager")
+    x, y = found.batch(ROWS).requires_grad_(), found.batch(ROWS).requires_grad_()
+
+    with host.using("one"):
+        one = compiled(x).sum()
+        with host.using("two"):
+            two = compiled(y).sum()
+            (one + two).backward()
+
+    assert torch.allclose(x.grad, wanted["one"], atol=1e-6)
+    assert torch.allclose(y.grad, wanted["two"], atol=1e-6)
+
+
+def test_a_backward_of_compiled_code_whose_adapters_are_not_used_is_right_or_refused():
+    found, host, wanted = two_trained()
+    compiled = torch.compile(found, backend="aot_eager")
+    x, y = found.batch(ROWS).requires_grad_(), found.batch(ROWS).requires_grad_()
+    host.use("one")
+    one = compiled(x).sum()
+    host.use("two")
+    two = compiled(y).sum()
+
+    try:
+        (one + two).backward()
+    except lora_hub.LoraHubError as error:
+        assert "the forward of compiled code" in str(error)  # noqa: PT017  (either is right)
+    else:
+        assert torch.allclose(x.grad, wanted["one"], atol=1e-6)
+        assert torch.allclose(y.grad, wanted["two"], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's own backend needs a compiler")
+def test_outputs_keep_their_strides_when_compiled():
+    torch.manual_seed(0)
+    found = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)).eval()
+    found = found.to(memory_format=torch.channels_last).requires_grad_(requires_grad=False)
+    host = lora_hub.attach(found)
+    updates = {name: nets.update(getattr(found, name), 2, 1) for name in ("0", "1")}
+    host.load(Adapter(updates), as_="one")
+    host.use("one")
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    wanted = found(x)
+
+    assert torch.allclose(torch.compile(found)(x), wanted, atol=1e-5)

@@ -15,6 +15,7 @@ SCRIPTS = sysconfig.get_path("scripts")
 EXAMPLES = {
     "pack_and_sign.py": "published me/shakespeare 0.1.0 as sha256:",
     "apply_by_name.py": "210 of 210 targets applied",
+    "many_at_once.py": "unmerged: every weight has the bits it had",
     "compose_two.py": "210 targets in",
     "merge_checkpoint.py": "210 of them changed",
     "validate_in_ci.sh": "2 names, 0 problems",

@@ -24,5 +24,6 @@ def test_the_benchmark_for_gpus_runs_through_and_says_what_it_ran_on(tmp_path):
     (written,) = tmp_path.glob("*-gpu_runtime.json")
     document = json.loads(written.read_text())
     assert document["machine"]["device"]
-    assert set(document["results"]) == {"products", "prefill", "decode", "merging", "cold"}
+    sections = {"products", "prefill", "decode", "graphs", "merging", "cold"}
+    assert set(document["results"]) == sections
     assert document["results"]["decode"]["batch 1, as many adapters"]["over bare"]["PEFT's"]

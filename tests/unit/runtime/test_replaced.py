@@ -190,3 +190,18 @@ def test_what_was_made_in_inference_mode_can_be_used_in_training(layer):
     x = torch.ones(2, INP, requires_grad=True)
     (x @ found.T).sum().backward()
     assert torch.equal(x.grad[0], found.sum(0))
+
+
+def test_a_tensor_that_came_to_lie_where_another_one_was_is_another_one():
+    layer = nn.Linear(64, 512, bias=False)
+    new = torch.randn(512, 64)
+    acting = ((resident(layer, weight=Replaced(new, role="modules_to_save")), 0.5),)
+    store = Kept(layer)
+
+    for _ in range(20):
+        layer.weight = nn.Parameter(torch.zeros(1))  # so that the memory is free
+        layer.weight = nn.Parameter(torch.randn(512, 64))
+
+        found = kept(store, layer, acting)
+
+        assert torch.allclose(found, 0.5 * layer.weight + 0.5 * new)

@@ -1,6 +1,8 @@
 """An adapter's numbers beside the layers: which bits, in which dtype, how many bytes."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -10,9 +12,10 @@ from torch import nn
 from lora_hub.adapter.adapter import Adapter, Replaced
 from lora_hub.adapter.update import Update
 from lora_hub.errors import ComposeError
+from lora_hub.runtime.laid_out import ALIGNED_BYTES
 from lora_hub.runtime.prepare import prepare
 from lora_hub.runtime.sites import Sites
-from lora_hub.runtime.slab import ALIGNED_BYTES, reside
+from lora_hub.runtime.slab import reside
 from tests.builders import tiny_model
 
 ATTENTION = "model.layers.0.self_attn"
@@ -277,3 +280,94 @@ def test_memory_is_freed_when_the_last_tensor_is_let_go():
         assert freed
     finally:
         gc.enable()
+
+
+# Apart, since what checks types in these tests looks into the mapping.
+LAZY = """
+import gc
+import torch
+from torch import nn
+from lora_hub.adapter.adapter import Adapter
+from lora_hub.adapter.update import Update
+from lora_hub.runtime.prepare import prepare
+from lora_hub.runtime.resident import Factors
+from lora_hub.runtime.sites import Sites
+from lora_hub.runtime.slab import reside
+
+def made_by_now():
+    return sum(type(each) is Factors for each in gc.get_objects())
+
+model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+one = torch.ones(1, dtype=torch.float64)
+updates = {name: Update(torch.ones(1, 4), torch.ones(4, 1), one) for name in "abc"}
+resident = reside(
+    prepare(model, Adapter(updates), where="mine"), Sites(), name="mine", key="key"
+)
+assert len(resident.at) == 3 and list(resident.at) == [0, 1, 2] and 2 in resident.at
+assert resident.heaviest == torch.finfo(torch.float32).max
+print(made_by_now())
+first = resident.at[0]
+assert resident.at[0] is first and resident.at.get(3) is None
+print(made_by_now())
+"""
+
+
+def test_factors_of_layers_are_made_when_one_is_first_asked_for():
+    ran = subprocess.run(
+        [sys.executable, "-c", LAZY], capture_output=True, text=True, check=True
+    )
+
+    assert ran.stdout.split() == ["0", "3"]
+
+
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_many_layers_built_alike_have_the_numbers_of_each_to_the_bit(trained, rank):
+    layers = {f"{number}": nn.Linear(48, 32) for number in range(70)}
+    model = nn.ModuleDict(layers)
+    adapter = for_model(model, layers, rank=rank, dtype=trained)
+
+    _, at = resident(model, adapter)
+
+    for target, given in adapter.updates.items():
+        assert torch.equal(at[target].a, given.a.float())
+        # Every product of one float32 by another, rounded once.
+        assert torch.equal(at[target].bt, (given.b.float() * given.scaling.float()).T)
+        assert at[target].largest == at[target].bt.abs().max()
+
+
+def test_factors_that_are_no_plain_rows_are_read_as_they_are():
+    b = torch.randn(4, 5).bfloat16().mT
+    given = Update(a=torch.randn(3, 4).mT, b=b, scaling=torch.ones(4, dtype=torch.float64))
+
+    _, made = resident(one_layer(), Adapter({"layer": given}))
+
+    assert torch.equal(made["layer"].a, given.a)
+    assert torch.equal(made["layer"].bt, b.mT.float())
+
+
+def test_factors_that_begin_anywhere_in_memory_are_read():
+    b = torch.randn(21).bfloat16()[1:].view(5, 4)
+    given = Update(a=torch.randn(4, 3), b=b, scaling=torch.ones(4, dtype=torch.float64))
+
+    _, made = resident(one_layer(), Adapter({"layer": given}))
+
+    assert torch.equal(made["layer"].bt, b.mT.float())
+
+
+def test_a_sum_that_overflows_is_no_number_that_is_not_finite():
+    given = update(5, 3, rank=4, dtype=torch.float16)
+    given.a.fill_(6e4)
+
+    _, made = resident(one_layer(torch.float16), Adapter({"layer": given}))
+
+    assert torch.equal(made["layer"].a, given.a)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_infinities_that_cancel_are_refused(number):
+    given = update(5, 3)
+    given.a.view(-1)[1], given.a.view(-1)[4] = number, -number
+
+    with pytest.raises(ComposeError, match="not finite"):
+        resident(one_layer(), Adapter({"layer": given}))
