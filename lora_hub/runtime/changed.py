@@ -145,6 +145,7 @@ def changes(
                 hint="attach the adapter instead",
             )
         keeps = next((each for each in classes if not _asks(each, asked)), classes[0])
+        classes.sort(key=lambda each: each is keeps)  # last: the others read the tensor
         found += [
             Changed(
                 each,

@@ -66,7 +66,7 @@ class Hooks:
         self.products = products
         self._now = now
         self.changing = threading.RLock()
-        self._is_written = False
+        self._writing = threading.Lock()
         self._steps = Steps()
         self._invocations = Invocations()
         self._recomputing = Recomputing()
@@ -108,8 +108,6 @@ class Hooks:
 
         Nothing acted then, and so it stays until its end.
         """
-        if "torch._dynamo" in sys.modules:  # whose frames are not torch's
-            return False
         frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  (has no public name)
         while frame is not None:
             if frame.f_code is _CALL and frame.f_locals.get("self") is self._model:
@@ -166,16 +164,13 @@ class Hooks:
         with self.changing:
             self._when_idle = None
             self.put_on(())
-        self._is_written = True
-        try:
+        with self._writing:
             if self._running:
                 raise InputError(
                     "the model runs",
                     hint="merge and unmerge between two calls of the model",
                 )
             yield
-        finally:
-            self._is_written = False
 
     def when_idle(self, act: Callable[[], None] | None) -> None:
         """Call this as soon as no forward of the model runs, which may be now."""
@@ -234,7 +229,7 @@ class Hooks:
         step = Step(BARE, _shape(args, kwargs), frame=frame)
         opened.append(step)  # first: what is called afterwards ends it
         self._running.add(step)
-        if self._is_written:
+        if self._writing.locked():
             raise InputError(
                 "another thread merges adapters into the model's weights, or restores them",
                 hint="merge and unmerge between two calls of the model",

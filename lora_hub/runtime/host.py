@@ -10,8 +10,9 @@ hooks (`hooks.py`). Most add to what a layer gives (`effect.py`); what replaces 
 and what changes experts, runs on twins of modules (`twins.py`). How adapters come is told
 by `loading.py`, and where they stay by `bank.py`.
 
-`use` is for every thread; `using` and `rows` act in the thread that opens the block, where
-the innermost wins. A forward keeps what acted when it began. One host is for one model; a
+`use` is for every thread; `using` and `rows` act in the thread or the asyncio task that
+opens the block (`blocks.py`), where the innermost wins. A forward keeps what acted when it
+began. One host is for one model, and where another one acts it is refused (`rivals.py`); a
 deep copy of the model follows the same host.
 """
 
@@ -259,7 +260,11 @@ class Host:
 
     @contextmanager
     def using(self, what: What) -> Iterator[None]:
-        """Use these adapters inside a `with` block, in this thread, then what was before.
+        """Use these adapters inside a `with` block, then what was before.
+
+        In this thread or asyncio task. A block that a generator opens acts while the
+        generator runs; a call of the model beside one that stands still in its block is
+        refused.
 
         Hooks that the block needed stay on the model, for the next one, and do nothing;
         `use(None)` takes them off.
@@ -345,8 +350,11 @@ class Host:
             self._put_in_force(now.sets, now.each, begin)
             yield
         finally:
-            self._in_force.end(block)
-            self._flip()
+            try:
+                self._in_force.end(block)
+            finally:  # once more, where an interrupt came in between
+                self._in_force.end(block)
+                self._flip()
 
     def merge(
         self,
@@ -437,13 +445,18 @@ class Host:
                 with self._hooks.nothing_runs():
                     try:
                         merged.unmerge(overwrite=overwrite)
-                    finally:
-                        # An interrupt is told once everything is put back.
-                        if not merged.is_merged:
-                            self._merged, self._in_force.all = None, old
-                            self._flip()
+                    finally:  # an interrupt is told once everything is put back
+                        try:
+                            self._restored(merged, old)
+                        finally:  # once more, where another one came in between
+                            self._restored(merged, old)
             finally:
                 self._let_go()
+
+    def _restored(self, merged: Merged, old: Used) -> None:
+        if not merged.is_merged:
+            self._merged, self._in_force.all = None, old
+            self._flip()
 
     def unload(self, name: str) -> None:
         """Let an adapter go.
@@ -506,8 +519,11 @@ class Host:
             self._put_in_force(sets, each, begin)
             yield
         finally:
-            self._in_force.end(block)
-            self._flip()
+            try:
+                self._in_force.end(block)
+            finally:  # once more, where an interrupt came in between
+                self._in_force.end(block)
+                self._flip()
 
     def _use(self, new: Used) -> None:
         old, self._in_force.all = self._in_force.all, new

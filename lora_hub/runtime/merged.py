@@ -249,11 +249,13 @@ class _Original:
 def _put_back(held: list[_Held]) -> None:
     """Restore all, the last first; an interrupt waits until that is done."""
     interrupt: KeyboardInterrupt | None = None
-    while held:
+    while True:
         try:
-            held[-1].put_back()
-            _wait_for(held[-1:])
-            held.pop()
+            while held:
+                held[-1].put_back()
+                _wait_for(held[-1:])
+                held.pop()
+            break
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:

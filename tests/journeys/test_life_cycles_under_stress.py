@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 
 HOME = str(Path(runtime.__file__).parent)
 SECONDS = 8
+# Lines at which Python sees no signal, but a tracer would.
+PASSED = ("with ", "try", "finally", "except", "raise", "@")
 PARTS = ((), ("magnitude",), ("q",), ("bias",))
 
 
@@ -148,7 +150,7 @@ def test_whatever_threads_do_every_answer_is_right_and_the_budget_is_kept(last):
 class Interrupt:
     """Raises KeyboardInterrupt at the n-th line of the runtime that runs.
 
-    Not at a `with`: Python sees no signal between a lock and its block, and a tracer does.
+    Not where Python sees no signal and a tracer would, as between a lock and its block.
     """
 
     def __init__(self, at):
@@ -165,7 +167,7 @@ class Interrupt:
         # What is freed cannot be interrupted: Python drops what a finalizer raises.
         if code.co_name in ("__del__", "release", "_release"):
             return self.line
-        if not text.startswith(("with ", "finally", "except", "raise", "@")):
+        if not text.startswith(PASSED):
             self.left -= 1
             if self.left <= 0:
                 self.where = code.co_filename, frame.f_lineno

@@ -1,4 +1,4 @@
-"""Adapters merged into a live model by name: it answers as attached, and comes back whole."""
+"""Adapters merged into a live model: it answers as attached, and comes back whole."""
 
 import hashlib
 import random
@@ -40,15 +40,26 @@ def hooks_of(model):
     )
 
 
+# Of the largest output, some hundred roundings of the dtype.
+NEAR = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def dtype_for(case):
+    # torch has no grouped product of experts in float64 on the CPU.
+    has_experts = case.model in (zoo.mixtral, zoo.gpt_oss)
+    return torch.float32 if has_experts else torch.float64
+
+
 @pytest.mark.parametrize("name", sorted(zoo.CASES.keys() - {"alora"}))
 def test_merged_is_attached(name, tmp_path):
-    """I-8: merging gives what the attached model gives, biases and all, in float64.
+    """I-8: merging gives what the attached model gives, biases and all.
 
     I-16: also where a tensor has two uses, and one of them changes.
     """
     case = zoo.CASES[name]
     zoo.save(case, tmp_path)
-    model = zoo.model(case).double()
+    model = zoo.model(case).to(dtype := dtype_for(case))
+    near = NEAR[dtype]
     before, bare = digests(model), answer(model)
     host = lora_hub.attach(model)
     host.load(tmp_path, as_="own")
@@ -58,11 +69,11 @@ def test_merged_is_attached(name, tmp_path):
     host.merge(untie=True)
 
     scale = float(attached.abs().max())
-    assert float((answer(model) - attached).abs().max()) <= 1e-11 * scale
+    assert float((answer(model) - attached).abs().max()) <= near * scale
     assert float((bare - attached).abs().max()) >= 1e-6 * scale
     host.unmerge()
     assert digests(model) == before
-    assert float((answer(model) - attached).abs().max()) <= 1e-12 * scale
+    assert float((answer(model) - attached).abs().max()) <= near * scale
 
 
 PAIRS = [
@@ -78,7 +89,8 @@ PAIRS = [
 @pytest.mark.parametrize("names", PAIRS, ids=" + ".join)
 def test_two_merged_are_two_attached(names, tmp_path):
     """I-18: the norms of a second DoRA are those of the base, not of what was merged."""
-    model = zoo.model(zoo.CASES[names[0]]).double()
+    dtype = dtype_for(zoo.CASES[names[0]])
+    model = zoo.model(zoo.CASES[names[0]]).to(dtype)
     host = lora_hub.attach(model)
     for index, name in enumerate(names):
         base = zoo.model(zoo.CASES[names[0]])
@@ -91,7 +103,7 @@ def test_two_merged_are_two_attached(names, tmp_path):
     host.merge()
 
     scale = float(attached.abs().max())
-    assert float((answer(model) - attached).abs().max()) <= 1e-11 * scale
+    assert float((answer(model) - attached).abs().max()) <= NEAR[dtype] * scale
     assert dict(host.used) == weights
     host.detach()
     assert digests(model) == before
@@ -187,7 +199,7 @@ def test_no_sequence_of_calls_leaves_a_bit_behind(dtype, seed, tmp_path):
         "unload": lambda: host.unload(draw.choice(names)),
     }
     done = set()
-    for _ in range(60):
+    for _ in range(100):
         step = draw.choice(sorted(steps))
         try:
             steps[step]()
@@ -215,7 +227,11 @@ def test_the_real_base_comes_back_from_merging_published_adapters(dtype, keep):
     tokens = AutoTokenizer.from_pretrained(base)("It was night", return_tensors="pt")
     before = digests(model)
     host = lora_hub.attach(model, ROOT / "registry")
-    names = [host.load(f"style/{name}").name for name in ("milton", "shakespeare")]
+    # A float16 copy is another base than the one of the manifest.
+    policy = "struct" if dtype == torch.float16 else None
+    names = [
+        host.load(f"style/{name}", policy=policy).name for name in ("milton", "shakespeare")
+    ]
     host.use(dict.fromkeys(names, 0.5))
     with torch.no_grad():
         attached = model(**tokens).logits.float()
